@@ -143,7 +143,14 @@ def test_keys_of_the_command_line_may_have_limits(monkeypatch):
     assert (plain.key, plain.requests_per_minute) == ("abc", 0)
     [named] = keys_of(["anna=abc:60:4"])
     assert named == ApiKey(key="abc", name="anna", requests_per_minute=60, concurrent=4)
-    with pytest.raises(ConfigError, match="whole numbers"):
-        keys_of(["anna=abc:fast"])
+    [few] = keys_of(["anna=abc::4"])
+    assert (few.requests_per_minute, few.concurrent) == (0, 4)
+    for limits in ("fast", "0", "1:0", "-1", "1.5", "1:2:3"):
+        with pytest.raises(ConfigError, match="whole numbers above 0") as caught:
+            keys_of([f"anna=abc:{limits}"])
+        assert "abc" not in str(caught.value)
+    for strange in ("=abc", " =abc", "anna=abc=", "a=b=c"):
+        with pytest.raises(ConfigError, match="without '='"):
+            keys_of([strange])
     monkeypatch.setenv("LAPILLI_API_KEY", "one,two")
     assert [key.key for key in keys_of([])] == ["one", "two"]

@@ -17,10 +17,11 @@ import pytest
 from lapilli.cli.serve import Loader
 from lapilli.cli.terminal import ChatOptions
 from lapilli.cluster import Share
+from lapilli.serve.address import bind, listen
 from lapilli.serve.distributed import deploy
 from lapilli.serve.front import REPLICA_HEADER, Front, front_app
 from lapilli.serve.options import ApiKey, ServeOptions
-from lapilli.serve.run import Server, listen
+from lapilli.serve.run import Server
 from tests.serve.conftest import KEY, asked, data_uri, picture
 
 # Ray warns about settings of its own that nobody has set.
@@ -35,7 +36,8 @@ class Cluster:
 
     def __init__(self) -> None:
         front = Front(self.deploy(), OPTIONS)
-        self._listening = listen(OPTIONS)
+        self._listening = bind(OPTIONS)
+        listen(self._listening, OPTIONS)
         ready = threading.Event()
         self._server = Server(front_app(front, OPTIONS), ready.set)
         run = {"sockets": [self._listening]}

@@ -18,7 +18,7 @@ from lapilli.cli.terminal import (
     reachable,
     reachable_stores,
 )
-from lapilli.config.generation import SamplingParams
+from lapilli.config.generation import MIB, SamplingParams
 from lapilli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,11 +32,14 @@ Keys = Annotated[
     typer.Option(
         "--api-key",
         metavar="KEY",
-        help="KEY, or NAME=KEY:REQUESTS_PER_MINUTE:CONCURRENT; repeatable. Without it the "
-        "environment variable LAPILLI_API_KEY counts.",
+        help="KEY, or NAME=KEY:REQUESTS_PER_MINUTE:CONCURRENT, where an empty limit is none; "
+        "repeatable. Without it the environment variable LAPILLI_API_KEY counts.",
     ),
 ]
-Name = Annotated[str, typer.Option("--name", help="What requests call the model.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="What requests call the model; left out: what it is loaded by."),
+]
 Rows = Annotated[int, typer.Option(help="Answers that are worked on at the same time.", min=1)]
 Context = Annotated[
     int | None,
@@ -47,8 +50,23 @@ Context = Annotated[
     ),
 ]
 CacheBytes = Annotated[
-    int | None, typer.Option(help="Memory for keys and values, cached ones included.", min=0)
+    int | None,
+    typer.Option(help="Memory for keys and values, cached ones included, in bytes.", min=MIB),
 ]
+FeatureBytes = Annotated[
+    int, typer.Option(help="Memory for features of pictures that are kept, in bytes.", min=0)
+]
+PictureBytes = Annotated[
+    int, typer.Option(help="Memory for pictures that are kept prepared, in bytes.", min=0)
+]
+PrefixBytes = Annotated[
+    int,
+    typer.Option(
+        help="Memory for what scores, rankings and decisions share, in bytes for each of them.",
+        min=0,
+    ),
+]
+UploadBytes = Annotated[int, typer.Option(help="Memory for uploaded files, in bytes.", min=0)]
 Remote = Annotated[
     bool, typer.Option("--allow-remote-images", help="Fetch pictures from http(s) URLs.")
 ]
@@ -89,10 +107,14 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: Keys = None,
-    name: Name = "",
+    name: Name = None,
     rows: Rows = 16,
     context: Context = None,
     cache_bytes: CacheBytes = None,
+    feature_bytes: FeatureBytes = 256 * MIB,
+    picture_bytes: PictureBytes = 256 * MIB,
+    prefix_bytes: PrefixBytes = 256 * MIB,
+    upload_bytes: UploadBytes = 512 * MIB,
     allow_remote_images: Remote = False,
     media_root: Root = None,
     allow_origin: Origins = None,
@@ -105,22 +127,29 @@ def serve(
     how: ChatOptions,
 ) -> None:
     """Serve a model over HTTP: OpenAI's protocol and others, and a page to talk with it."""
-    from lapilli.serve.options import ServeOptions, keys_of
+    from lapilli.serve.address import bind
+    from lapilli.serve.options import Limits, ServeOptions, keys_of
 
+    if name is not None and not name.strip():
+        raise ConfigError("--name is empty: give the model a name, or leave the option out")
     options = ServeOptions(
         host=host,
         port=port,
         keys=keys_of(api_key or []),
-        model_name=name,
+        model_name=name or "",
         allow_remote_images=allow_remote_images,
         media_root=media_root,
         allow_origins=tuple(allow_origin or ()),
         without_key=without_key,
         sampling=SamplingParams.from_options(**how.sampling),
+        limits=Limits(
+            cache_bytes=picture_bytes, prefix_bytes=prefix_bytes, upload_bytes=upload_bytes
+        ),
     )
     limits: dict[str, Any] = {
         "max_rows": rows,
         "kv_bytes": cache_bytes,
+        "feature_bytes": feature_bytes,
         "context_length": context,
     }
     if checkpoint is not None:
@@ -137,8 +166,9 @@ def serve(
             loader, options, ready, replicas=replicas, cores=cores, device=how.device, rows=rows
         )
         return
+    taken = bind(options)  # a port that is taken is said before a model is loaded
     run = _runner("run", "lapilli.serve.run")
-    run(how.load(open_stores(store or []), **limits), options, ready)
+    run(how.load(open_stores(store or []), **limits), options, ready, taken)
 
 
 def _runner(name: str, module: str) -> Any:  # noqa: ANN401  a function, imported where needed

@@ -35,6 +35,7 @@ from lapilli.pipeline.backend import (
     with_stops,
 )
 from lapilli.pipeline.questions import Decisions, Question
+from lapilli.pipeline.scorer import PREFIX_BYTES
 from lapilli.pipeline.stores import Stores
 from lapilli.prompt.choose import Template, check_template
 from lapilli.prompt.encode import tokens_said
@@ -481,12 +482,16 @@ class Chat:
         probability = math.exp(sum(token.logprob for token in self.last.logprobs))
         return self._detector.doubt(probability, self.name)
 
-    @cached_property
-    def _decider(self) -> "Decider":
+    def decider(self, *, prefix_bytes: int = PREFIX_BYTES) -> "Decider":
+        """Return what answers as `decide` does, with so many bytes for what it keeps of inputs."""
         from lapilli.pipeline.decide import Decider  # here, as it asks a Chat
 
         without = "" if self._detector is None else self._detector.without_picture
-        return Decider(self, without)
+        return Decider(self, without, prefix_bytes=prefix_bytes)
+
+    @cached_property
+    def _decider(self) -> "Decider":
+        return self.decider()
 
     def _remember(
         self,

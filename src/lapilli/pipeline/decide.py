@@ -31,7 +31,7 @@ from lapilli.pipeline.questions import (
     Refusal,
     ScoreAnswer,
 )
-from lapilli.pipeline.scorer import SuffixScorer, join
+from lapilli.pipeline.scorer import PREFIX_BYTES, SuffixScorer, join
 from lapilli.pipeline.wording import Wording, codes_of, part_of, question_parts
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart, check_conversation
@@ -93,12 +93,15 @@ class Decider:
         chat: what `lapilli.load` returns.
         without_media: the fixed sentence of a checkpoint that answers nothing without a picture;
             "": it answers.
+        prefix_bytes: of keys and values that are kept of inputs.
     """
 
-    def __init__(self, chat: Chat, without_media: str = "") -> None:
+    def __init__(
+        self, chat: Chat, without_media: str = "", *, prefix_bytes: int = PREFIX_BYTES
+    ) -> None:
         self._chat = chat
         self._without_media = without_media
-        self._scorer = SuffixScorer(chat.model)
+        self._scorer = SuffixScorer(chat.model, prefix_bytes=prefix_bytes)
         self._apart = SuffixScorer(chat.model, prefix_bytes=0)
 
     def decide(

@@ -21,6 +21,7 @@ from lapilli.generate.reference import lock_of
 from lapilli.pipeline.backend import ProcessedPrompt
 from lapilli.pipeline.chat import Chat
 from lapilli.prompt.encode import encode
+from lapilli.prompt.guard import check_work
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.shapes import Float, Tensor
@@ -73,6 +74,7 @@ class Embedder:
         width = self._chat.model.language_model.config.hidden_size
         found = torch.empty(len(prompts), width)
         for rows in self._chunks(prompts):
+            check_work()
             found[rows] = self._pass([prompts[row] for row in rows])
         return found
 

@@ -26,6 +26,7 @@ from lapilli.model import VisionLanguageModel
 from lapilli.nn.shared_prefix import SharedPrefix
 from lapilli.pipeline.backend import ProcessedPrompt
 from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.prompt.guard import check_work
 from lapilli.shapes import Float, Int, Tensor
 
 MAX_TOKENS = 2048
@@ -136,6 +137,7 @@ class SuffixScorer:
         run = self._pass if self._model.language_model.supports_varlen else self._alone
         held = _Held(content_digest(prefix), on_prefix)
         for chunk in self._chunks(suffixes):
+            check_work()
             yield from run(prefix, chunk, read, held)
 
     def _token_logits(self, hidden: Tensor, ids: Int[Tensor, " L"]) -> Tensor:

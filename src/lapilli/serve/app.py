@@ -6,6 +6,7 @@
 The one place that knows all routes.
 """
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ from lapilli.serve import (
     worker,
 )
 from lapilli.serve.auth import Gate
+from lapilli.serve.connection import Connections, OpenRequests
 from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of, invalid
 from lapilli.serve.options import ServeOptions
 from lapilli.serve.service import Service
@@ -117,6 +119,7 @@ def assemble(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.requests = OpenRequests()
     for router in routers:
         app.include_router(router)
     if options.allow_origins and not is_behind:
@@ -128,6 +131,7 @@ def assemble(
         )
     if not is_behind:
         app.add_middleware(Gate, options=options)
+    app.add_middleware(Connections, requests=app.state.requests, limits=options.limits)
     # Starlette re-raises what only the handler of Exception takes, behind a traceback.
     own = (ApiError, RequestValidationError, HTTPException)
     for kind in (*own, ValueError, RuntimeError, OSError, TypeError, KeyError, Exception):
@@ -139,7 +143,8 @@ async def _answered(request: Request, error: Exception) -> JSONResponse:
     """Answer with the cause of an error, in the shape of the protocol."""
     found = _cause(request, error)
     if found.status >= INTERNAL:
-        LOG.error("%s %s: %s", request.method, request.url.path, found.message, exc_info=error)
+        trace = error if found.status == INTERNAL else None  # of others the cause is known
+        LOG.error("%s %s: %s", request.method, request.url.path, found.message, exc_info=trace)
     request.app.state.service.metrics.count_error(found.status)
     body = found.body(dialect_of(request.url.path))
     return JSONResponse(body, status_code=found.status, headers=dict(found.headers))
@@ -153,9 +158,19 @@ def _cause(request: Request, error: Exception) -> ApiError:
         return invalid(f"{where}: {first['msg']}", where)
     if not isinstance(error, HTTPException):
         return api_error(error)
+    if isinstance(error.__cause__, OSError):  # the framework calls every error of a body a 400
+        return _not_stored(error.__cause__)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"there is no route {request.method} {request.url.path}"
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
     return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+
+
+def _not_stored(error: OSError) -> ApiError:
+    """Return what a client is told of an upload that the server could not write to its disk."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = "its disk is full" if is_full else "it can write no temporary file"
+    said = f"the server could not store the upload: {cause} ({error.strerror or error})"
+    return ApiError(507, f"{said}: ask again when there is room", "insufficient_storage")

@@ -115,6 +115,7 @@ class DecisionBody(BaseModel):
 def router(service: Service) -> APIRouter:
     """Return the route."""
     routes = APIRouter()
+    decider = service.chat.decider(prefix_bytes=service.options.limits.prefix_bytes)
 
     @routes.post("/v1/decisions", response_model=None)
     async def decisions(body: DecisionBody, http: Request) -> Response:
@@ -122,7 +123,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         service.check_open()
         messages, questions = await service.read(asked, service, body, http.state.owner)
-        found = service.compute(service.chat.decide, messages, questions)
+        found = service.compute(decider.decide, messages, questions)
         decided = await unless_gone(http, found)
         return JSONResponse(decisions_json(decided, service.model_name))
 

@@ -23,6 +23,7 @@ from starlette.types import Message, Scope
 from lapilli.cluster import Share, check_room, connect, share_of
 from lapilli.errors import GenerationError, LapilliError
 from lapilli.pipeline import Chat
+from lapilli.serve.address import bind
 from lapilli.serve.app import create_app
 from lapilli.serve.errors import api_error
 from lapilli.serve.front import Front, Head, front_app
@@ -183,6 +184,7 @@ def run_distributed(
         ConfigError: Ray is not there or has no room, or the address cannot be listened on.
         GenerationError: the replicas do not start.
     """
+    taken = bind(options)
     ray = connect("--engine ray needs Ray")
     share = share_of(ray, cores=cores, device=device)
     check_room(ray, share, replicas)
@@ -199,7 +201,7 @@ def run_distributed(
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, restart)
     try:
-        run_app(front_app(front, options), options, ready)
+        run_app(front_app(front, options), options, ready, taken)
     finally:
         from ray import serve
 

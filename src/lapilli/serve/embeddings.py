@@ -112,6 +112,7 @@ def _prompt(
     if isinstance(given, str):
         return embedder.prompt(given, name)
     if given and isinstance(given[0], int):
+        service.check_tokens(len(given), name)
         ids = [token for token in given if isinstance(token, int)]
         size, most = service.chat.tokenizer.vocab_size, service.chat.context_length
         if not all(0 <= token < size for token in ids) or len(ids) > most:

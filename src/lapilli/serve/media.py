@@ -34,6 +34,7 @@ from lapilli.modality.image.decode import to_rgb
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline import Chat
+from lapilli.prompt.guard import check_work
 from lapilli.prompt.message import MediaPart
 from lapilli.serve.errors import UnknownMediumError, invalid
 from lapilli.serve.files import Files
@@ -165,6 +166,7 @@ class MediaReader:
             MediaTooLargeError: more than the limits.
             UnknownMediumError: an upload or a uuid that is not there.
         """
+        check_work()
         uuid = given.get("uuid")
         if uuid is not None and not (isinstance(uuid, str) and 0 < len(uuid) <= _LONGEST_UUID):
             raise MediaError(f"uuid must be a text of at most {_LONGEST_UUID} letters")

@@ -75,13 +75,13 @@ class EngineCollector(Collector):
 
     def collect(self) -> "Iterator[GaugeMetricFamily | CounterMetricFamily]":
         """Yield the metrics of now."""
-        engine = self._service.chat.engine
+        service, engine = self._service, self._service.chat.engine
         pool, features = engine.pool, engine.features.stats
-        pictures = self._service.media.pictures.stats
+        pictures = service.media.pictures.stats
         used = 1 - pool.available / pool.capacity if pool.capacity else 0.0
         gauges = {
-            "num_requests_running": ("Requests that the engine works on.", engine.num_running),
-            "num_requests_waiting": ("Requests without blocks.", engine.num_waiting),
+            "num_requests_running": ("Requests that are worked on.", service.num_running),
+            "num_requests_waiting": ("Requests that wait for their turn.", service.num_waiting),
             "kv_cache_usage_perc": ("Share of the blocks that are in use.", used),
         }
         counters = {

@@ -12,6 +12,7 @@ from lapilli.config.generation import MIB, SamplingParams, check_count
 from lapilli.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MAY_BE_NONE = ("redirects", "cache_bytes", "upload_bytes", "prefix_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,11 @@ class Limits:
         waiting: requests that may wait for one of them.
         upload_bytes: of all uploaded files together.
         cache_bytes: of pictures that are kept prepared.
+        prefix_bytes: of keys and values that are kept of what scores, rankings and decisions share,
+            each of the three for itself.
+        letters: of all texts of one request together.
+        idle_seconds: that a body, or the head of a request, may pause.
+        body_seconds: for the whole of a body.
         fetch_seconds: for the whole of one remote picture.
         redirects: of one remote picture.
     """
@@ -66,16 +72,21 @@ class Limits:
     waiting: int = 256
     upload_bytes: int = 512 * MIB
     cache_bytes: int = 256 * MIB
+    prefix_bytes: int = 256 * MIB
+    letters: int = 8 * MIB
+    idle_seconds: float = 30.0
+    body_seconds: float = 300.0
     fetch_seconds: float = 10.0
     redirects: int = 3
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "fetch_seconds":
-                least = 0 if name in ("redirects", "cache_bytes", "upload_bytes") else 1
-                check_count(name, getattr(self, name), least=least)
-        if not self.fetch_seconds > 0:
-            raise ConfigError(f"fetch_seconds must be above 0, got {self.fetch_seconds}")
+            value = getattr(self, name)
+            if name.endswith("_seconds"):
+                if not value > 0:
+                    raise ConfigError(f"{name} must be above 0, got {value}")
+            else:
+                check_count(name, value, least=0 if name in _MAY_BE_NONE else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +106,8 @@ class ServeOptions:
         limits: what one request may take.
 
     Raises:
-        ConfigError: an address that other machines reach, and no key.
+        ConfigError: an address that other machines reach, and no key; sampling that the engine
+            does not do.
     """
 
     host: str = "127.0.0.1"
@@ -115,6 +127,10 @@ class ServeOptions:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and there is no API key: "
                 "give --api-key, or --without-key if everybody may ask"
+            )
+        if self.sampling.num_beams > 1 or self.sampling.length_penalty != 1:
+            raise ConfigError(
+                "a server does not search by beams: leave --num-beams and --length-penalty out"
             )
         names = [key.name for key in self.keys]
         if len({key.key for key in self.keys}) < len(names) or len(set(names)) < len(names):
@@ -136,10 +152,11 @@ class ServeOptions:
 def keys_of(given: list[str]) -> tuple[ApiKey, ...]:
     """Return the keys of options `KEY` or `NAME=KEY[:REQUESTS_PER_MINUTE[:CONCURRENT]]`.
 
-    Without one, those of the environment variable LAPILLI_API_KEY, which commas separate.
+    A limit that is left empty is none. Without an option, the keys are those of the environment
+    variable LAPILLI_API_KEY, which commas separate. No message shows a key.
 
     Raises:
-        ConfigError: a limit that is no number, or an empty key.
+        ConfigError: a name or a key that is empty, or a limit that is no number above 0.
     """
     texts = given or [one for one in os.environ.get("LAPILLI_API_KEY", "").split(",") if one]
     found = []
@@ -149,12 +166,33 @@ def keys_of(given: list[str]) -> tuple[ApiKey, ...]:
             found.append(ApiKey(key=text, name=f"key{number}"))
             continue
         key, *limits = rest.split(":")
-        try:
-            rate, most = [*map(int, limits), 0, 0][:2]
-        except ValueError as error:
+        if not name.strip():
             raise ConfigError(
-                f"API key of {name!r}: expected NAME=KEY:REQUESTS_PER_MINUTE:CONCURRENT with whole "
-                "numbers as limits"
-            ) from error
+                f"API key {number + 1} has an '=' and no name before it: write NAME=KEY, or a key "
+                "without '='"
+            )
+        if "=" in rest:
+            raise ConfigError(
+                f"API key of {name!r:.40}: what follows the name has an '=' in it, and it is not "
+                "clear where the key begins: choose a key without '='"
+            )
+        rate, most = _limits(limits, name)
         found.append(ApiKey(key=key, name=name, requests_per_minute=rate, concurrent=most))
     return tuple(found)
+
+
+def _limits(given: list[str], name: str) -> tuple[int, int]:
+    """Return the limits of a key as numbers; 0 where one is left out.
+
+    Raises:
+        ConfigError: one that is no whole number above 0, or more than there are.
+    """
+    are_right = all(one == "" or (one.isascii() and one.isdecimal() and int(one)) for one in given)
+    if len(given) > 2 or not are_right:
+        raise ConfigError(
+            f"API key of {name!r:.40}: expected NAME=KEY:REQUESTS_PER_MINUTE:CONCURRENT with whole "
+            "numbers above 0 as limits: leave a limit empty where there is none, as in "
+            "NAME=KEY::CONCURRENT"
+        )
+    rate, most = [*(int(one or 0) for one in given), 0, 0][:2]
+    return rate, most

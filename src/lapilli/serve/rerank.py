@@ -117,7 +117,7 @@ class Reranking:
 
     @cached_property
     def _plain_ranker(self) -> Ranker:
-        return Ranker(self._chat)
+        return Ranker(self._chat, prefix_bytes=self._service.options.limits.prefix_bytes)
 
     def _contents(self, given: str | DocumentBody | Parts, where: str, owner: str) -> list[Content]:
         """Return a query or a document as texts and media in order."""

@@ -73,7 +73,7 @@ class SamplingBody(BaseModel):
         options = {name: getattr(self, name) for name in SHARED} | {
             "top_k": None if self.top_k in (0, -1) else self.top_k,  # "all of them" elsewhere
             "seed": None if self.seed is None else self.seed % (1 << 63),
-            "logit_bias": bias,
+            "logit_bias": bias or None,  # none says nothing, and the server's own counts
             "logprobs": logprobs,
             "max_new_tokens": max_new_tokens,
             "grammar": grammar,

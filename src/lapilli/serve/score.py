@@ -84,7 +84,8 @@ class Scoring:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._chat = service.chat
-        self._scorer = SuffixScorer(service.chat.model)
+        kept = service.options.limits.prefix_bytes
+        self._scorer = SuffixScorer(service.chat.model, prefix_bytes=kept)
 
     def rows(self, body: ScoreBody, owner: str) -> list[Row]:
         """Return where the scores of a request are read; called in a worker thread.
@@ -275,6 +276,7 @@ class Scoring:
         if isinstance(given, str):
             ids = chat.tokenizer.encode(given, add_bos=is_first)
         else:
+            self._service.check_tokens(len(given), where)
             ids = [token for token in given if isinstance(token, int)]
             wrong = [token for token in ids if not 0 <= token < chat.tokenizer.vocab_size]
             if wrong:

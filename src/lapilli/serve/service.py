@@ -6,16 +6,14 @@ Knows the model and its engine; must not know protocols.
 """
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import (
-    BusyError,
     ClosedError,
     ContextTooLongError,
     MediaCountMismatchError,
@@ -31,13 +29,18 @@ from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart, joined
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.serve.answers import Answers, Usage
+from lapilli.serve.connection import STOPPING, close_at_end
 from lapilli.serve.errors import ApiError, invalid
 from lapilli.serve.files import Files
 from lapilli.serve.media import MediaReader, Part
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.options import ServeOptions
+from lapilli.serve.pool import Pool
 
 T = TypeVar("T")
+
+CLOSE_SECONDS: Final = 2.0
+"""How long the end waits for the step that the engine is in."""
 
 PLACE: Final = "<image>"
 """Where a picture stands in a prompt without a conversation."""
@@ -77,31 +80,6 @@ class ChatRequest:
     owner: str = "anyone"
 
 
-class Pool:
-    """Threads for what would stall the event loop; refuses more than may wait for them."""
-
-    def __init__(self, name: str, workers: int, waiting: int) -> None:
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix=f"lapilli-{name}")
-        self._free = threading.Semaphore(workers + waiting)
-        self._waiting = waiting
-
-    async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Return what a function returns, called in a thread.
-
-        Raises:
-            BusyError: too many wait already.
-        """
-        if not self._free.acquire(blocking=False):
-            raise BusyError(f"{self._waiting} requests are waiting to be read: try again later")
-        future = asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-        future.add_done_callback(lambda _: self._free.release())
-        return await asyncio.shield(future)
-
-    def close(self) -> None:
-        """Let the threads end."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
 class Service:
     """One model, as all routes use it.
 
@@ -128,17 +106,33 @@ class Service:
         self.engine = AsyncEngine(chat.engine)
         self.metrics = Metrics(self)
         self.is_stopping = False
+        self._is_closed = False
         limits = options.limits
-        self._readers = Pool("reader", limits.workers, limits.waiting)
-        self._scorers = Pool("scorer", 1, limits.waiting)
+        self._readers = Pool("reader", limits.workers, limits.waiting, self._check_text)
+        self._scorers = Pool("scorer", 1, limits.waiting, self._check_text)
 
     async def read(self, function: Callable[..., T], *args: object) -> T:
-        """Run a function that fetches, decodes or tokenizes, in a worker thread."""
+        """Run a function that fetches, decodes or tokenizes, in a worker thread.
+
+        Every text that it tokenizes is checked before, see `_check_text`: so routes tokenize here,
+        or in `compute`.
+        """
         return await self._readers.run(function, *args)
 
     async def compute(self, function: Callable[..., T], *args: object) -> T:
         """Run a function that uses the model by itself, between steps of the engine."""
         return await self._scorers.run(function, *args)
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests that the engine works on, or the thread of scores and embeddings."""
+        return self.chat.engine.num_running + self._scorers.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait for a thread, or for blocks of the engine."""
+        pools = self._readers.num_waiting + self._scorers.num_waiting
+        return self.chat.engine.num_waiting + pools
 
     async def check_picture(self, data: bytes, owner: str) -> None:
         """Decode a picture, and keep it prepared; raises what `MediaReader.picture` does."""
@@ -174,6 +168,7 @@ class Service:
         asked = await self.read(self.prepare, request)
         answers: list[AsyncAnswer | Generation] = []
         found = Answers(answers, started, prompt_usage(asked[0]), self.metrics.count)
+        close_at_end(found.close)  # also where nobody comes to read it
         try:
             for one in asked:
                 if isinstance(one, Request):
@@ -204,7 +199,7 @@ class Service:
             ClosedError: it does.
         """
         if self.is_stopping:
-            raise ClosedError("the server is stopping: ask another one")
+            raise ClosedError(STOPPING)
 
     def messages(self, turns: Sequence[Turn], owner: str) -> list[Message]:
         """Return turns as messages, their pictures opened; called in a worker thread.
@@ -253,8 +248,43 @@ class Service:
             for number in range(1, request.choices)
         ]
 
+    def _check_text(self, text: str, letters: int) -> None:
+        """Check a text of a request before it is cut into tokens, which takes its time.
+
+        The one way of texts to the tokenizer: no route can forget it.
+
+        Args:
+            text: about to be tokenized.
+            letters: of the texts that this piece of work tokenized before.
+
+        Raises:
+            ContextTooLongError: more letters than a context of long tokens has.
+            ApiError: 413, more letters in all texts together than one request may have.
+        """
+        self._check_length(len(text))
+        most = self.options.limits.letters
+        if letters + len(text) > most:
+            raise ApiError(
+                413,
+                f"the request has more than {most} letters in all its texts together, the limit: "
+                "send them in several requests",
+                "too_large",
+            )
+
+    def check_tokens(self, count: int, where: str) -> None:
+        """Refuse more tokens than the model reads, before anything is done with them.
+
+        Raises:
+            ContextTooLongError: there are.
+        """
+        most = self.chat.context_length
+        if count > most:
+            raise ContextTooLongError(
+                f"{where} has {count} tokens, more than the {most} that the model reads: send less"
+            )
+
     def _check_length(self, letters: int) -> None:
-        """Refuse a text that cannot fit, before it is cut into tokens, which takes its time.
+        """Refuse a text that cannot fit.
 
         Raises:
             ContextTooLongError: more letters than a context of long tokens has.
@@ -275,12 +305,13 @@ class Service:
         prompt, chat = request.prompt, self.chat
         if prompt is None:
             return None
-        self._check_length(len(prompt))
         if not isinstance(prompt, str):
+            self.check_tokens(len(prompt), "prompt")
             return Request(EncodedPrompt(list(prompt), [False] * len(prompt)), params=params)
         if not request.media:
             ids = chat.tokenizer.encode(prompt)
             return Request(EncodedPrompt(ids, [False] * len(ids)), params=params)
+        self._check_length(len(prompt))
         first, *texts = prompt.split(PLACE)
         if len(texts) != len(request.media):
             raise MediaCountMismatchError(
@@ -296,11 +327,19 @@ class Service:
         return Request(encoded, tuple(items), params)
 
     async def close(self) -> None:
-        """End the engine and the threads."""
-        self.is_stopping = True
+        """End the engine and the threads; what runs fails, and its clients are told.
+
+        A step of a large model may take longer than `CLOSE_SECONDS`: then it is left alone.
+        """
+        is_first, self.is_stopping = not self._is_closed, True
+        self._is_closed = True
         self._readers.close()
         self._scorers.close()
-        await asyncio.to_thread(self.engine.close)
+        if is_first:
+            closing = Pool("closer", 1, 1, self._check_text)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(closing.run(self.engine.close, STOPPING), CLOSE_SECONDS)
+            closing.close()
 
 
 def prompt_usage(asked: Request | Generation) -> Usage:

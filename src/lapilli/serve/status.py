@@ -87,10 +87,11 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """Return the text of tokens."""
         service.check_model(body.model)
+        service.check_tokens(len(body.tokens), "tokens")
         size = service.chat.tokenizer.vocab_size
         if any(not 0 <= token < size for token in body.tokens):
             raise invalid(f"tokens must be from 0 to {size - 1}", "tokens")
-        return {"prompt": service.chat.tokenizer.decode(body.tokens)}
+        return {"prompt": await service.read(service.chat.tokenizer.decode, body.tokens)}
 
 
 def model_json(service: Service) -> dict[str, object]:

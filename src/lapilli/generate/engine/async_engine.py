@@ -28,6 +28,7 @@ class AsyncEngine:
         self._has_news = threading.Event()
         self._is_closing = False
         self._is_over = False
+        self._because = "the engine is closed"
         self._thread = threading.Thread(target=self._work, name="lapilli-engine", daemon=True)
         self._thread.start()
 
@@ -99,8 +100,13 @@ class AsyncEngine:
         """Return whether the thread runs, so that requests are answered."""
         return self._thread.is_alive() and not self._is_closing
 
-    def close(self) -> None:
-        """End the thread after the step that it is in; requests that are not finished fail."""
+    def close(self, because: str = "the engine is closed") -> None:
+        """End the thread after the step that it is in; requests that are not finished fail.
+
+        Args:
+            because: what their ClosedError says.
+        """
+        self._because = because
         self._is_closing = True
         self._has_news.set()
         if threading.current_thread() is not self._thread:
@@ -139,7 +145,7 @@ class AsyncEngine:
             self._fail_open()
 
     def _fail_open(self) -> None:
-        self.engine.abort_all(ClosedError("the engine is closed"), list(self._handles))
+        self.engine.abort_all(ClosedError(self._because), list(self._handles))
 
 
 class AsyncAnswer:

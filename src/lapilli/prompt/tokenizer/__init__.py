@@ -30,6 +30,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken
 
 from lapilli.errors import CheckpointError, MissingFileError
+from lapilli.prompt.guard import check_work
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Order in which missing special tokens get new ids."""
@@ -331,12 +332,18 @@ class Tokenizer(ABC):
         ids = [token.id for token in self.tokenize(text, literal=literal)]
         return [*self.prefix_ids, *ids] if add_bos else ids
 
-    @abstractmethod
     def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
         """Return the tokens of a text with the characters they stand for, without prefix.
 
-        Special tokens are recognised, except where they touch a `literal` range.
+        Special tokens are recognised, except where they touch a `literal` range. Raises what a
+        guard does that does not allow the text (prompt/guard.py).
         """
+        check_work(text)
+        return self._tokens_of(text, literal)
+
+    @abstractmethod
+    def _tokens_of(self, text: str, literal: Sequence[Range]) -> list[Token]:
+        """Return what `tokenize` does."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:

@@ -87,7 +87,7 @@ class FastTokenizer(Tokenizer):
         """Number of tokens, added ones included."""
         return int(self._rust.get_vocab_size(with_added_tokens=True))
 
-    def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
+    def _tokens_of(self, text: str, literal: Sequence[Range]) -> list[Token]:
         """Return the tokens of a text with their characters, without prefix."""
         if self._first_cut.has_typed(text, literal):
             return self._tokenize_typed(text, literal)

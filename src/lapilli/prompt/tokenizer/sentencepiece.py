@@ -94,7 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Pieces and added tokens, the original's len(tokenizer)."""
         return self._num_pieces + sum(self._piece_id(name) is None for name in self._added.ids)
 
-    def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
+    def _tokens_of(self, text: str, literal: Sequence[Range]) -> list[Token]:
         """Return the tokens of a text with their characters, without BOS."""
         if not text:
             return []
