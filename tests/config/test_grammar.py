@@ -1,6 +1,7 @@
 """What `schema=` may be, and what is refused before any library sees it."""
 
 import dataclasses
+import json
 import pickle
 import subprocess
 import sys
@@ -8,7 +9,14 @@ import sys
 import pytest
 
 from lapilli.config.generation import Option, SamplingParams
-from lapilli.config.grammar import MOST_BYTES, MOST_DEPTH, MOST_KEYS, Grammar, as_grammar
+from lapilli.config.grammar import (
+    MOST_BYTES,
+    MOST_DEPTH,
+    MOST_KEYS,
+    Grammar,
+    as_grammar,
+    has_finite_instance,
+)
 from lapilli.errors import GenerationError, GrammarError
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "integer"}}}
@@ -52,6 +60,32 @@ def test_a_class_of_pydantic():
     pydantic = pytest.importorskip("pydantic")
     model = pydantic.create_model("Scene", count=(int, ...))
     assert '"count"' in as_grammar(model).text
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_finite"),
+    [
+        ({"$ref": "#"}, False),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "allOf": [NODE]}, False),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, False),
+        (NODE, False),
+        (NODE | {"required": []}, True),
+        (NODE | {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}, True),
+        (NODE | {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}}, False),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, False),
+        ({"type": "array", "items": {"$ref": "#"}}, True),
+        ({"$ref": "#/$defs/gone"}, True),
+        ({"$ref": "https://example.com/a"}, True),
+        ({"not": {"$ref": "#"}}, True),
+        ({"anyOf": [False]}, False),
+    ],
+    ids=str,
+)
+def test_a_schema_without_a_finite_instance_is_told(schema, is_finite):
+    assert has_finite_instance(schema) is is_finite
 
 
 def nested(depth: int) -> dict:
