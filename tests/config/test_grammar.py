@@ -42,7 +42,7 @@ class Broken:
     [
         (SCHEMA, "json_schema", TEXT),
         (f"\n {TEXT}", "json_schema", TEXT),
-        (Model, "json_schema", TEXT),
+        (Model, "json_schema", f'{TEXT[:-1]}, "additionalProperties": false}}'),
         (["a", "b"], "choice", '["a", "b"]'),
         (("a",), "choice", '["a"]'),
         ("[a-z]+", "regex", "[a-z]+"),
@@ -56,12 +56,33 @@ def test_every_form_of_a_schema(given, kind, text):
     assert SamplingParams().updated(grammar=given).grammar == Grammar(kind, text)
 
 
-def test_a_class_of_pydantic():
+def test_a_class_of_pydantic_has_its_fields_and_no_others():
     pydantic = pytest.importorskip("pydantic")
-    model = pydantic.create_model("Scene", count=(int, ...))
-    assert '"count"' in as_grammar(model).text
+    default = {"type": "object", "properties": {}}
+    inner = pydantic.create_model("Thing", shape=(str, ...))
+    free = pydantic.create_model("Free", __config__={"extra": "allow"}, size=(int, 1))
+    model = pydantic.create_model(
+        "Scene",
+        things=(list[inner], ...),
+        free=(free | None, None),
+        sizes=(dict[str, int], {}),
+        value=(dict, pydantic.Field(default)),
+    )
+    schema = json.loads(as_grammar(model).text)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Thing"]["additionalProperties"] is False
+    assert schema["$defs"]["Free"]["additionalProperties"] is True
+    assert schema["properties"]["sizes"]["additionalProperties"] == {"type": "integer"}
+    assert schema["properties"]["value"]["default"] == default
+    assert schema["properties"]["value"].get("additionalProperties", True) is True
 
 
+def test_schemas_as_text_or_dict_stay_as_they_are():
+    assert "additionalProperties" not in as_grammar(SCHEMA).text
+    assert "additionalProperties" not in as_grammar(TEXT).text
+
+
+BOTH = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
 NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
 
 
@@ -69,8 +90,8 @@ NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["n
     ("schema", "is_finite"),
     [
         ({"$ref": "#"}, False),
-        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "allOf": [NODE]}, False),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, False),
+        ({"$defs": BOTH, "$ref": "#/$defs/a"}, False),
+        ({"$defs": BOTH, "allOf": [{"$ref": "#/$defs/b"}]}, False),
         (NODE, False),
         (NODE | {"required": []}, True),
         (NODE | {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}, True),

@@ -378,7 +378,10 @@ def test_a_hostile_grammar_is_refused_or_runs(name, tokenizers):
             "contain the schema again",
         ),
         (
-            {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+            {
+                "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+                "$ref": "#/$defs/a",
+            },
             "contain the schema again",
         ),
         (r"[^\s\S]", "nothing matches it"),
@@ -397,7 +400,7 @@ def test_a_part_that_cannot_be_followed_is_named_instead_of_the_whole(tokenizers
     fine = Grammar.json_schema({"type": "null"}, "the schema of the tool 'clear'")
     rules = f"start: a | b\na: %json {fine.text}\nb: %json {part.text}"
     whole = Grammar("lark", rules, parts=(fine, part))
-    with pytest.raises(GrammarError, match="^the schema of the tool 'paint' cannot be followed"):
+    with pytest.raises(GrammarError, match=r"^the schema of the tool 'paint' cannot be"):
         compiled(whole, tokenizers["bytes"], 257)
 
 

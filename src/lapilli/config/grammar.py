@@ -27,6 +27,12 @@ MOST_KEYS = 1000
 """Most keys of one object of a JSON schema."""
 MOST_DEPTH = 100
 """Most objects and lists of a JSON schema inside each other."""
+_OF_NAMES = frozenset(("$defs", "definitions", "properties", "patternProperties"))
+"""Keys of a JSON schema that hold schemas by name."""
+_OF_SCHEMAS = frozenset(
+    ("additionalProperties", "allOf", "anyOf", "items", "oneOf", "prefixItems", "propertyNames")
+)
+"""Keys of a JSON schema that hold a schema, or a list of them."""
 MOST_REFERENCES = 64
 """Most references of a JSON schema that are looked at when the cause of a failure is searched."""
 
@@ -74,7 +80,8 @@ class Grammar:
         """Return the grammar of JSON that a schema describes.
 
         Args:
-            schema: a mapping, its text as JSON, or a model class of pydantic.
+            schema: a mapping, its text as JSON, or a model class of pydantic, whose objects have
+                the declared fields and no others, unless its config says `extra="allow"`.
             label: what messages call it.
 
         Raises:
@@ -171,10 +178,39 @@ def as_grammar(schema: object) -> Grammar:
 
 
 def _schema_of_class(model: Any) -> object:  # noqa: ANN401  a class of a library we do not import
+    """Return the schema of a pydantic class, whose objects have its fields and no others.
+
+    Pydantic ignores keys that it does not know and leaves its schemas open, so a model would write
+    keys of its own until its room is used up. `extra="allow"` is in the schema, and stays.
+    """
     try:
-        return model.model_json_schema()
+        schema = model.model_json_schema()
     except Exception as error:  # it is pydantic's or the user's own code
         raise GrammarError(f"{model.__name__} has no JSON schema: {error}") from error
+    if isinstance(schema, Mapping):
+        _check_size(schema)  # before it is walked by recursion
+    return _closed(schema)
+
+
+def _closed(schema: object) -> object:
+    """Return a schema whose objects allow no keys but those declared, unless they say so.
+
+    Objects without `properties` are dictionaries, whose keys are what they hold.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, object] = {}
+    for key, part in schema.items():
+        if key in _OF_NAMES and isinstance(part, Mapping):
+            found[key] = {name: _closed(inner) for name, inner in part.items()}
+        elif key in _OF_SCHEMAS:
+            is_list = isinstance(part, list | tuple)
+            found[key] = [_closed(one) for one in part] if is_list else _closed(part)
+        else:  # examples and defaults are values, whatever their keys are called
+            found[key] = part
+    if found.get("type") == "object" and "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 def _check_size(schema: Mapping[str, object]) -> None:

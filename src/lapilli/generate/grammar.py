@@ -55,9 +55,9 @@ _TOO_COSTLY = (
 _REASONS = (
     (r"NoExtension", "nothing matches it: no text may follow here"),
     (
-        r"lexer error|LexerTooComplex|[Ff]uel|Too many items|too many (?:states|expressions)|"
-        r"too (?:big|large|complex)|limit (?:for|exceeded|reached)|max is \d|exceeds? (?:size )?limit"
-        r"|stack level exceeded|maximum number of",
+        r"lexer error|LexerTooComplex|[Ff]uel|Too many items|too many (states|expressions)|"
+        r"too (big|large|complex)|limit (for|exceeded|reached)|max is \d|exceeds? (size )?limit|"
+        r"stack level exceeded|maximum number of",
         _TOO_COSTLY,
     ),
 )
