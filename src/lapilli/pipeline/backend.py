@@ -311,7 +311,12 @@ class Backend:
         return max(config.context_length, config.text.max_positions)
 
     def process(
-        self, messages: Sequence[Message], items: Sequence[Any], template: Template, *, row: int = 0
+        self,
+        messages: Sequence[Message],
+        items: Sequence[Any],
+        template: Template,
+        *,
+        row: int | None = None,
     ) -> ProcessedPrompt:
         """Return the prompt of a conversation; its spans have the lengths of its media.
 
