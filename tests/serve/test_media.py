@@ -224,6 +224,18 @@ def test_a_file_is_uploaded_once_and_named_afterwards(client):
     assert bad.status_code == 400
 
 
+@pytest.mark.parametrize("name", ["file", "purpose"])
+def test_two_parts_of_one_name_are_refused(client, name):
+    parts = [("file", ("red.png", picture("red"), "image/png")), ("purpose", (None, "vision"))]
+    parts += [one for one in parts if one[0] == name]
+    before = client.get("/v1/files").json()["data"]
+    response = client.post("/v1/files", files=parts)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["message"][:20]) == (name, "2 parts are called " + name[0])
+    assert client.get("/v1/files").json()["data"] == before
+
+
 # Remote pictures
 
 

@@ -3,6 +3,9 @@
 Answers are the prompt and all text so far, again and again, each ended by a zero byte. Source:
 LLaVA, llava/serve/model_worker.py; `lapilli.compat.serving` has its controller and worker as
 programs.
+
+`model` of a request is not looked at, as by the original's worker, which has one model: it is the
+controller that chooses a worker by it.
 """
 
 import json
