@@ -151,7 +151,7 @@ def _cause(request: Request, error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):  # 400, as OpenAI does
         return misfit(error, dialect_of(request.url.path))
     if not isinstance(error, HTTPException):
-        return api_error(error)
+        return api_error(error, request.url.path)
     if (found := unreadable(error)) is not None:
         return found
     message = str(error.detail)

@@ -119,7 +119,7 @@ class Front:
             told |= {"client": scope.get("client"), "server": scope.get("server")}
             await self._forward(told, body, prefix_key(body, owner), receive, send)
         except (ApiError, LapilliError) as error:
-            found = api_error(error)
+            found = api_error(error, scope["path"])
             self.metrics.count_error(found.status)
             await refuse(found, scope, send)
 

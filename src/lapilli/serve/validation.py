@@ -3,8 +3,8 @@
     bytes that are no JSON     the cause, and where: of the framework's own errors
     pydantic's list of errors  one message per field: the item, what is allowed, what came
 
-pydantic reports every branch of a union by itself, under names of types (`input.str`). Here they are
-one again, and only the names that a client wrote are left.
+pydantic reports every branch of a union by itself, under names of types (`input.str`). Here they
+are one again, and only the names that a client wrote are left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -198,8 +198,10 @@ def _is_key(step: Key, value: object, report: _Report, at: int) -> bool:
         return True
     if isinstance(step, int):
         return isinstance(value, list)
-    is_last = at == len(report.steps) - 1
-    return isinstance(value, Mapping) and (step in value or (is_last and report.kind == "missing"))
+    if not isinstance(value, Mapping) or at < len(report.steps) - 1:
+        return isinstance(value, Mapping) and step in value
+    # The last step: a type in a union is reported with the very value that is not of it.
+    return report.kind == "missing" or (step in value and report.value is not value)
 
 
 def _inside(value: object, step: Key) -> object:
