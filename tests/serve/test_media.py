@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -127,6 +128,43 @@ def test_a_bomb_is_refused_before_it_is_unpacked(client):
     Image.new("1", (20_000, 20_000)).save(out, "PNG")
     assert len(out.getvalue()) < 100_000
     refused(client, asked(QUESTION, data_uri(out.getvalue())), 413, "pixels")
+
+
+def header(width, height):
+    """Return the beginning of a PNG that says its size, and nothing behind it."""
+    data = struct.pack(">II5B", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + data
+    crc = struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(data)) + chunk + crc
+
+
+@pytest.mark.parametrize(("width", "height"), [(100_000, 2_000), (10_000, 6_000)])
+def test_the_limit_of_pixels_is_the_server_s_whoever_finds_out(client, width, height):
+    """Pillow refuses the larger of the two by itself, and speaks of a limit of its own."""
+    response = client.post(PATH, json=asked(QUESTION, data_uri(header(width, height))))
+    assert response.status_code == 413, response.text
+    message = response.json()["error"]["message"]
+    assert f"{width * height} pixels, more than the limit of 50000000: shrink it" in message
+    assert "max_pixels" not in message
+    assert "bomb" not in message
+
+
+def test_advice_is_for_who_reads_it(client):
+    """No method, class or argument of Python is named to a client of HTTP."""
+    answer = {"role": "assistant", "content": "red"}
+    features = base64.b64encode(save({"f": torch.zeros(3, 7)})).decode()
+    part = {"type": "image_embeds", "image_embeds": features}
+    for body, cause in (
+        ({"messages": [*asked("a")["messages"], answer]}, "add a message of the user"),
+        ({"messages": [{"role": "user", "content": [part]}]}, "[n, 256]"),
+        ({"messages": [{"role": "user", "content": "red " * 9_000}]}, "the prompt has 9"),
+    ):
+        response = client.post(PATH, json=body)
+        assert response.status_code == 400, response.text
+        message = response.json()["error"]["message"]
+        assert cause in message
+        for word in ("open_turn", "Pillow", "generate()", "row 0", "EngineOptions"):
+            assert word not in message
 
 
 def test_more_pictures_than_one_request_may_have(serve):

@@ -230,7 +230,7 @@ class Decider:
         if found is None:
             raise PromptError(
                 "spelled choices need a token that ends an answer, and the checkpoint names none: "
-                "ask with spelled=False"
+                "leave `spelled` out"
             )
         return found
 

@@ -95,7 +95,7 @@ class ServeOptions:
         limits: what one request may take.
 
     Raises:
-        ConfigError: an address that other machines reach, and no key.
+        ConfigError: an address that other machines reach, and no key; or beams.
     """
 
     host: str = "127.0.0.1"
@@ -115,6 +115,11 @@ class ServeOptions:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and there is no API key: "
                 "give --api-key, or --without-key if everybody may ask"
+            )
+        if self.sampling.num_beams > 1:
+            raise ConfigError(
+                f"num_beams {self.sampling.num_beams}: a server answers by its engine, which does "
+                "not search by beams: leave it at 1"
             )
         names = [key.name for key in self.keys]
         if len({key.key for key in self.keys}) < len(names) or len(set(names)) < len(names):
