@@ -183,7 +183,7 @@ def run_distributed(
         ConfigError: Ray is not there or has no room, or the address cannot be listened on.
         GenerationError: the replicas do not start.
     """
-    ray = connect("--engine ray needs Ray")
+    ray = connect("--engine ray needs Ray", "leave --engine out")
     share = share_of(ray, cores=cores, device=device)
     check_room(ray, share, replicas)
     behind = replace(options, keys=(), without_key=True)

@@ -397,6 +397,11 @@ def one_tensor(data: bytes) -> Float[Tensor, "n D"]:
             "image_embeds: expected a safetensors file with one matrix [n, D] in it"
         ) from error
     whole = all(type(one) is int and one >= 0 for one in (rows, width, begin, end))
+    if whole and 0 in (rows, width):
+        raise MediaError(
+            f"image_embeds has the shape [{rows}, {width}]: at least one row is needed, and one "
+            "number in it"
+        )
     if not whole or kind not in _DTYPES:
         raise MediaError(
             f"image_embeds: dtype {shown(kind)}, shape {shown(shape)}: expected "
