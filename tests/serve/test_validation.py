@@ -85,7 +85,7 @@ TURN = {"role": "user", "content": "a"}
         ("embeddings", {"input": [5, "a"]}, "input[1]",
          "input[1] must be a whole number, got 'a'"),
         ("embeddings", {"input": [[1, "a"]]}, "input[0][1]",
-         "input[0][1] must be a whole number or an object, got 'a'"),
+         "input[0][1] must be a whole number, got 'a'"),
         ("rerank", {"query": "a", "documents": ["b", 5]}, "documents[1]",
          "documents[1] must be a text, an object or a list of objects, got 5"),
         ("rerank", {"query": "a", "documents": ["b", {"text": 5}]}, "documents[1].text",

@@ -53,7 +53,7 @@ _TOO_COSTLY = (
     "inside of another"
 )
 _REASONS = (
-    (r"NoExtension", "nothing matches it: no text may follow here"),
+    (r"NoExtension", "nothing matches it from here on"),
     (
         r"lexer error|LexerTooComplex|[Ff]uel|Too many items|too many (states|expressions)|"
         r"too (big|large|complex)|limit (for|exceeded|reached)|max is \d|exceeds? (size )?limit|"

@@ -72,7 +72,7 @@ def unreadable(error: HTTPException) -> ApiError | None:
 
 def misfit(error: RequestValidationError, dialect: Dialect = "openai") -> ApiError:
     """Return the error of a body that a route cannot take: one message for each wrong field."""
-    given = [_Report(one, error.body) for one in error.errors()]
+    given = _reports(error)
     for one in given:
         if one.kind == "json_invalid":
             reason = _lower(str(one.context.get("error", "it cannot be read"))).removesuffix(" at")
@@ -87,6 +87,16 @@ def misfit(error: RequestValidationError, dialect: Dialect = "openai") -> ApiErr
     more = len(said) - MOST_FIELDS
     rest = f"; and {more} more fields" if more > 0 else ""
     return invalid("; ".join(said[:MOST_FIELDS]) + rest, names[0] or None)
+
+
+def _reports(error: RequestValidationError) -> list["_Report"]:
+    """Return pydantic's errors, of equal ones in a list the first: a list may have millions."""
+    found: dict[tuple[Key, ...], _Report] = {}
+    for one in error.errors():
+        shape = tuple(step for step in one.get("loc", ()) if not isinstance(step, int))
+        if shape not in found:
+            found[shape] = _Report(one, error.body)
+    return list(found.values())
 
 
 class _Report:
