@@ -234,7 +234,7 @@ def test_a_refusal_says_that_a_text_is_the_name_of_a_picture(chat):
         [found] = chat.decide(asked, question)
         assert found.reason.startswith("I need a picture to answer that (the text ")
         assert found.reason.endswith(f"give a picture as Path({name!r}))")
-    for asked in ("no such file.png", "a\0b", "x" * 5000, [Message.user(name)]):
+    for asked in ("no such file.png", "a\0b", "x" * 300, "x" * 1100, [Message.user(name)]):
         [found] = chat.decide(asked, question)
         assert found.reason == "I need a picture to answer that"
 

@@ -252,6 +252,8 @@ class GrammarCompiler:
         """Return the CompiledGrammar of a Grammar; raises GrammarError."""
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        for one in (grammar, *grammar.parts):
+            _check_instance(one)
         try:
             return self._compiled(grammar)
         except GrammarError:
@@ -287,8 +289,6 @@ class GrammarCompiler:
     def _check(self, grammar: Grammar, matcher: Any) -> None:  # noqa: ANN401
         if matcher.is_error():
             reason = _in_plain_words(matcher.get_error())
-            if grammar.kind == "json_schema" and not has_finite_instance(json.loads(grammar.text)):
-                reason = _NO_INSTANCE
             place = "" if grammar.parts else f" (in {grammar.text!r:.100})"
             raise GrammarError(f"{grammar.name} cannot be followed: {reason}{place}")
 
@@ -347,6 +347,20 @@ class GrammarProposer:
             return forced
         proposed = self._proposer.propose(keys, most, is_worth)
         return proposed[: self._matcher.allows(proposed)]
+
+
+def _check_instance(grammar: Grammar) -> None:
+    """Refuse a JSON schema that no finite value follows.
+
+    The first steps show it only where it is the whole form: the model may choose another branch.
+
+    Raises:
+        GrammarError: there is none.
+    """
+    if grammar.kind == "json_schema" and not has_finite_instance(json.loads(grammar.text)):
+        raise GrammarError(
+            f"{grammar.name} cannot be followed: {_NO_INSTANCE} (in {grammar.text!r:.100})"
+        )
 
 
 def _source(grammar: Grammar, space: str | None = None) -> str:
