@@ -101,7 +101,8 @@ class Front:
         """
         wrong = await self._handle.check_picture.remote(data, owner)
         if wrong is not None:
-            raise ApiError(*wrong, param="file")
+            status, message, code = wrong
+            raise ApiError(status, message, code, "file")
 
     async def close(self) -> None:
         """Take no more requests; those that run are answered by the replicas."""
