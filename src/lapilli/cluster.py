@@ -30,7 +30,7 @@ class Share:
     gpus: float = 0.0
 
 
-def connect(needs: str = "several workers need Ray") -> Any:  # noqa: ANN401 - a module
+def connect(needs: str = "several workers need Ray", otherwise: str = "ask for one worker") -> Any:  # noqa: ANN401 - a module
     """Return Ray, connected.
 
     Where `ray.init` was not called, it is: the environment variable RAY_ADDRESS names a cluster
@@ -38,6 +38,7 @@ def connect(needs: str = "several workers need Ray") -> Any:  # noqa: ANN401 - a
 
     Args:
         needs: what is said where it is not installed.
+        otherwise: what can be done without it.
 
     Raises:
         ConfigError: Ray is not installed, or does not start.
@@ -46,7 +47,8 @@ def connect(needs: str = "several workers need Ray") -> Any:  # noqa: ANN401 - a
         import ray
         import ray.data
     except ImportError as error:
-        raise ConfigError(f"{needs}: install lapilli[ray], or leave workers out") from error
+        message = f'{needs}: pip install "lapilli[ray]", or {otherwise}'
+        raise ConfigError(message) from error
     module: Any = ray  # half of it has no types
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -60,7 +62,7 @@ def connect(needs: str = "several workers need Ray") -> Any:  # noqa: ANN401 - a
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise ConfigError(
                 f"Ray does not start on {where}: {' '.join(str(error).split())[:_SHOWN]}; look at "
-                "`ray status`, or leave workers out"
+                f"`ray status`, or {otherwise}"
             ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,6 +1,7 @@
 """What `schema=` may be, and what is refused before any library sees it."""
 
 import dataclasses
+import json
 import pickle
 import subprocess
 import sys
@@ -8,7 +9,14 @@ import sys
 import pytest
 
 from lapilli.config.generation import Option, SamplingParams
-from lapilli.config.grammar import MOST_BYTES, MOST_DEPTH, MOST_KEYS, Grammar, as_grammar
+from lapilli.config.grammar import (
+    MOST_BYTES,
+    MOST_DEPTH,
+    MOST_KEYS,
+    Grammar,
+    as_grammar,
+    has_finite_instance,
+)
 from lapilli.errors import GenerationError, GrammarError
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "integer"}}}
@@ -34,7 +42,7 @@ class Broken:
     [
         (SCHEMA, "json_schema", TEXT),
         (f"\n {TEXT}", "json_schema", TEXT),
-        (Model, "json_schema", TEXT),
+        (Model, "json_schema", f'{TEXT[:-1]}, "additionalProperties": false}}'),
         (["a", "b"], "choice", '["a", "b"]'),
         (("a",), "choice", '["a"]'),
         ("[a-z]+", "regex", "[a-z]+"),
@@ -48,10 +56,57 @@ def test_every_form_of_a_schema(given, kind, text):
     assert SamplingParams().updated(grammar=given).grammar == Grammar(kind, text)
 
 
-def test_a_class_of_pydantic():
+def test_a_class_of_pydantic_has_its_fields_and_no_others():
     pydantic = pytest.importorskip("pydantic")
-    model = pydantic.create_model("Scene", count=(int, ...))
-    assert '"count"' in as_grammar(model).text
+    default = {"type": "object", "properties": {}}
+    inner = pydantic.create_model("Thing", shape=(str, ...))
+    free = pydantic.create_model("Free", __config__={"extra": "allow"}, size=(int, 1))
+    model = pydantic.create_model(
+        "Scene",
+        things=(list[inner], ...),
+        free=(free | None, None),
+        sizes=(dict[str, int], {}),
+        value=(dict, pydantic.Field(default)),
+    )
+    schema = json.loads(as_grammar(model).text)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Thing"]["additionalProperties"] is False
+    assert schema["$defs"]["Free"]["additionalProperties"] is True
+    assert schema["properties"]["sizes"]["additionalProperties"] == {"type": "integer"}
+    assert schema["properties"]["value"]["default"] == default
+    assert schema["properties"]["value"].get("additionalProperties", True) is True
+
+
+def test_schemas_as_text_or_dict_stay_as_they_are():
+    assert "additionalProperties" not in as_grammar(SCHEMA).text
+    assert "additionalProperties" not in as_grammar(TEXT).text
+
+
+BOTH = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
+NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_finite"),
+    [
+        ({"$ref": "#"}, False),
+        ({"$defs": BOTH, "$ref": "#/$defs/a"}, False),
+        ({"$defs": BOTH, "allOf": [{"$ref": "#/$defs/b"}]}, False),
+        (NODE, False),
+        (NODE | {"required": []}, True),
+        (NODE | {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}, True),
+        (NODE | {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}}, False),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, False),
+        ({"type": "array", "items": {"$ref": "#"}}, True),
+        ({"$ref": "#/$defs/gone"}, True),
+        ({"$ref": "https://example.com/a"}, True),
+        ({"not": {"$ref": "#"}}, True),
+        ({"anyOf": [False]}, False),
+    ],
+    ids=str,
+)
+def test_a_schema_without_a_finite_instance_is_told(schema, is_finite):
+    assert has_finite_instance(schema) is is_finite
 
 
 def nested(depth: int) -> dict:

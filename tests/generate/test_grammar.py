@@ -364,8 +364,44 @@ def test_a_hostile_grammar_is_refused_or_runs(name, tokenizers):
     if failure is None:
         assert answer.finish_reason in ("stop", "length")
     else:
-        assert re.search("cannot be followed|takes too much|cannot go on", failure)
+        assert re.search("cannot be followed|cannot go on", failure)
+        assert not re.search("verbose|NoExtension|lexer|lexeme|fuel|[Ii]tems", failure), failure
         assert len(failure) < 1000
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"$ref": "#"}, "contain the schema again"),
+        (
+            {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+            "contain the schema again",
+        ),
+        (
+            {
+                "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+                "$ref": "#/$defs/a",
+            },
+            "contain the schema again",
+        ),
+        (r"[^\s\S]", "nothing matches it"),
+        ({"type": "string", "pattern": "^(([a-z]{1,500}){1,500}){1,500}$"}, "takes too much time"),
+    ],
+    ids=str,
+)
+def test_what_nothing_can_match_is_said_in_plain_words(schema, message, tokenizers):
+    with pytest.raises(GrammarError, match=message) as found:
+        walk(tokenizers["bytes"], schema, 1, limit=4000)
+    assert not re.search("verbose|NoExtension|lexer|lexeme|fuel|[Ii]tems", str(found.value))
+
+
+def test_a_part_that_cannot_be_followed_is_named_instead_of_the_whole(tokenizers):
+    part = Grammar.json_schema({"$ref": "#"}, "the schema of the tool 'paint'")
+    fine = Grammar.json_schema({"type": "null"}, "the schema of the tool 'clear'")
+    rules = f"start: a | b\na: %json {fine.text}\nb: %json {part.text}"
+    whole = Grammar("lark", rules, parts=(fine, part))
+    with pytest.raises(GrammarError, match=r"^the schema of the tool 'paint' cannot be"):
+        compiled(whole, tokenizers["bytes"], 257)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +527,7 @@ def test_a_request_that_cannot_go_on_fails_alone(small):
     while engine.step():
         pass
     assert good.generation.token_ids == (1, 7, 2)
-    with pytest.raises(GenerationError, match="cannot go on as the regular expression asks"):
+    with pytest.raises(GrammarError, match="cannot go on as the regular expression asks"):
         wrong.generation  # noqa: B018  raises
 
 

@@ -228,6 +228,17 @@ def test_without_a_picture_pebble_refuses(chat):
     assert isinstance(found[1], PredicateAnswer)
 
 
+def test_a_refusal_says_that_a_text_is_the_name_of_a_picture(chat):
+    name, question = str(EXAMPLE), [Predicate("Is it red?")]
+    for asked in (name, ["What is in", name]):
+        [found] = chat.decide(asked, question)
+        assert found.reason.startswith("I need a picture to answer that (the text ")
+        assert found.reason.endswith(f"give a picture as Path({name!r}))")
+    for asked in ("no such file.png", "a\0b", "x" * 300, "x" * 1100, [Message.user(name)]):
+        [found] = chat.decide(asked, question)
+        assert found.reason == "I need a picture to answer that"
+
+
 def test_a_conversation_and_instructions_stand_before(chat):
     picture = str(EXAMPLE)
     talk = [Message.user("What is this?", picture), Message.assistant("A boat.")]

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from lapilli.config.generation import SamplingParams
 from lapilli.errors import ConfigError
 from lapilli.serve.auth import OPEN_PATHS
 from lapilli.serve.options import ApiKey, Limits, ServeOptions, keys_of
@@ -154,3 +155,8 @@ def test_keys_of_the_command_line_may_have_limits(monkeypatch):
             keys_of([strange])
     monkeypatch.setenv("LAPILLI_API_KEY", "one,two")
     assert [key.key for key in keys_of([])] == ["one", "two"]
+
+
+def test_beams_are_refused_before_a_request_asks_for_them():
+    with pytest.raises(ConfigError, match="num_beams 4: a server answers by its engine"):
+        ServeOptions(sampling=SamplingParams(num_beams=4))

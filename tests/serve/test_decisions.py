@@ -120,7 +120,7 @@ for _ in range(40):
         ({"questions": QUESTIONS[:1] * 401}, "at most 400"),
         ({"questions": [{**QUESTIONS[2], "choices": [{"value": "a"}]}]}, "at least 2"),
         ({"questions": [{**QUESTIONS[2], "choices": [{"value": "a"}] * 2}]}, "comes twice"),
-        ({"questions": [{"type": "guess", "instructions": "?"}]}, "questions.0"),
+        ({"questions": [{"type": "guess", "instructions": "?"}]}, "questions[0]"),
         ({"questions": [{"type": "predicate", "instructions": ""}]}, "with something in them"),
         ({"questions": [{"type": "predicate", "instructions": [{"type": "x"}]}]}, "questions"),
         ({"input": []}, "input is empty"),

@@ -61,7 +61,7 @@ HOSTILE = {
     "truth values": (torch.zeros(64, WIDTH, dtype=torch.bool), "dtype 'BOOL'"),
     "a vector": (torch.zeros(WIDTH), "one matrix"),
     "three axes": (torch.zeros(1, 64, WIDTH), "one matrix"),
-    "no row": (torch.zeros(0, WIDTH), "image_embeds says 0 x 256"),
+    "no row": (torch.zeros(0, WIDTH), "at least one row is needed"),
     "many rows": (torch.zeros(5000, WIDTH), "more than the context"),
     "large numbers": (torch.full((64, WIDTH), 3e38), "too large for the model to square"),
 }

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -129,6 +130,43 @@ def test_a_bomb_is_refused_before_it_is_unpacked(client):
     refused(client, asked(QUESTION, data_uri(out.getvalue())), 413, "pixels")
 
 
+def header(width, height):
+    """Return a small PNG that says to be of another size."""
+    data = bytearray(picture())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("width", "height"), [(100_000, 2_000), (10_000, 6_000)])
+def test_the_limit_of_pixels_is_the_server_s_whoever_finds_out(client, width, height):
+    """Pillow refuses the larger of the two by itself, and speaks of a limit of its own."""
+    response = client.post(PATH, json=asked(QUESTION, data_uri(header(width, height))))
+    assert response.status_code == 413, response.text
+    message = response.json()["error"]["message"]
+    assert f"{width * height} pixels, more than the limit of 50000000: shrink it" in message
+    assert "max_pixels" not in message
+    assert "bomb" not in message
+
+
+def test_advice_is_for_who_reads_it(client):
+    """No method, class or argument of Python is named to a client of HTTP."""
+    answer = {"role": "assistant", "content": "red"}
+    features = base64.b64encode(save({"f": torch.zeros(3, 7)})).decode()
+    part = {"type": "image_embeds", "image_embeds": features}
+    for body, cause in (
+        ({"messages": [*asked("a")["messages"], answer]}, "add a message of the user"),
+        ({"messages": [{"role": "user", "content": [part]}]}, "[n, 256]"),
+        ({"messages": [{"role": "user", "content": "red " * 9_000}]}, "the prompt has 9"),
+    ):
+        response = client.post(PATH, json=body)
+        assert response.status_code == 400, response.text
+        message = response.json()["error"]["message"]
+        assert cause in message
+        for word in ("open_turn", "Pillow", "generate()", "row 0", "EngineOptions"):
+            assert word not in message
+
+
 def test_more_pictures_than_one_request_may_have(serve):
     client = serve(limits=Limits(images=2))
     body = asked(QUESTION, *[data_uri(picture())] * 3)
@@ -222,6 +260,18 @@ def test_a_file_is_uploaded_once_and_named_afterwards(client):
     refused(client, body, 404, "upload it again")
     bad = client.post("/v1/files", files={"file": ("a.png", b"nothing", "image/png")})
     assert bad.status_code == 400
+
+
+@pytest.mark.parametrize("name", ["file", "purpose"])
+def test_two_parts_of_one_name_are_refused(client, name):
+    parts = [("file", ("red.png", picture("red"), "image/png")), ("purpose", (None, "vision"))]
+    parts += [one for one in parts if one[0] == name]
+    before = client.get("/v1/files").json()["data"]
+    response = client.post("/v1/files", files=parts)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["message"][:20]) == (name, "2 parts are called " + name[0])
+    assert client.get("/v1/files").json()["data"] == before
 
 
 # Remote pictures

@@ -89,3 +89,22 @@ def test_a_form_that_cannot_be_used_is_refused_before_the_picture(client, option
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert match in response.json()["error"]["message"]
+
+
+COSTLY = {"type": "string", "pattern": "^(([a-z]{1,500}){1,500}){1,500}$"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_fails_while_the_answer_grows_is_the_client_s_fault(client, stream):
+    body = asked(QUESTION, data_uri(picture()), guided_json=COSTLY, max_tokens=500, stream=stream)
+    response = client.post("/v1/chat/completions", json=body)
+    if response.status_code == 200:  # it failed after the answer had begun
+        assert stream
+        [*_, last] = [one[6:] for one in response.text.splitlines() if one.startswith("data: ")]
+        error = json.loads(last)["error"]
+    else:
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "GrammarError")
+    assert "the JSON schema" in error["message"]
+    assert "takes too much time or memory" in error["message"]

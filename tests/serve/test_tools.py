@@ -192,3 +192,22 @@ def test_a_picture_in_the_instructions_is_refused(client):
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert "instructions hold a picture" in response.json()["error"]["message"]
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize("tools", [["tree"], ["paint", "tree"]])
+def test_a_schema_that_no_value_fits_is_named_by_its_tool(client, tools):
+    schemas = {"tree": NODE, "paint": COLOR}
+    declared = [
+        {"type": "function", "function": {"name": name, "parameters": schemas[name]}}
+        for name in tools
+    ]
+    body = asked("Hi", tools=declared, tool_choice="required")
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "the schema of the tool 'tree' cannot be followed" in message
+    assert "contain the schema again" in message
+    assert "Lark" not in message

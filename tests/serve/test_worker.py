@@ -48,3 +48,10 @@ def test_pictures_without_a_place_are_refused(client):
 def test_the_status_names_the_model(client):
     found = client.post("/worker_get_status", json={}).json()
     assert found == {"model_names": ["pebble"], "speed": 1, "queue_length": 0}
+
+
+def test_the_model_of_a_request_is_not_looked_at_as_in_the_original(client):
+    body = {"model": "llava-v1.5-13b", "prompt": "A red", "max_new_tokens": 2, "temperature": 0}
+    other = lines(client.post("/worker_generate_stream", json=body))
+    assert other == lines(client.post("/worker_generate_stream", json=body | {"model": "pebble"}))
+    assert other[-1]["error_code"] == 0

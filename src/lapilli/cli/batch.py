@@ -181,7 +181,7 @@ def _spread(
     from lapilli.cluster import check_room, connect, room, share_of
     from lapilli.pipeline.distributed import answer_distributed
 
-    ray = connect("--engine ray needs Ray")
+    ray = connect("--engine ray needs Ray", "leave --engine out")
     share = share_of(ray, cores=cores, device=answerer.how.device)
     workers = workers or room(ray, share)
     check_room(ray, share, workers)

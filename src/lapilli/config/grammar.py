@@ -5,7 +5,7 @@ is not imported here, and nor is pydantic.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +27,14 @@ MOST_KEYS = 1000
 """Most keys of one object of a JSON schema."""
 MOST_DEPTH = 100
 """Most objects and lists of a JSON schema inside each other."""
+_OF_NAMES = frozenset(("$defs", "definitions", "properties", "patternProperties"))
+"""Keys of a JSON schema that hold schemas by name."""
+_OF_SCHEMAS = frozenset(
+    ("additionalProperties", "allOf", "anyOf", "items", "oneOf", "prefixItems", "propertyNames")
+)
+"""Keys of a JSON schema that hold a schema, or a list of them."""
+MOST_REFERENCES = 64
+"""Most references of a JSON schema whose values are searched: the work grows with their square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,9 @@ class Grammar:
         kind: json_schema, regex, choice or lark.
         text: the JSON schema or a list of choices as JSON, the regular expression, or the Lark
             grammar.
+        label: what messages call it; "": its kind.
+        parts: grammars of its author's that it was made of: one that cannot be followed is named
+            instead of the whole.
 
     Raises:
         GrammarError: the text is empty or longer than `MOST_BYTES`.
@@ -44,6 +55,8 @@ class Grammar:
 
     kind: Kind
     text: str
+    label: str = ""
+    parts: tuple["Grammar", ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
@@ -60,24 +73,26 @@ class Grammar:
     @property
     def name(self) -> str:
         """Name of the grammar in messages."""
-        return NAMES[self.kind]
+        return self.label or NAMES[self.kind]
 
     @classmethod
-    def json_schema(cls, schema: object) -> "Grammar":
+    def json_schema(cls, schema: object, label: str = "") -> "Grammar":
         """Return the grammar of JSON that a schema describes.
 
         Args:
-            schema: a mapping, its text as JSON, or a model class of pydantic.
+            schema: a mapping, its text as JSON, or a model class of pydantic, whose objects have
+                the declared fields and no others, unless its config says `extra="allow"`.
+            label: what messages call it.
 
         Raises:
             GrammarError: it is none of these, or too large or too deep.
         """
         if isinstance(schema, type) and callable(getattr(schema, "model_json_schema", None)):
-            return cls._of_schema(_schema_of_class(schema))
+            return cls._of_schema(_schema_of_class(schema), label)
         if not isinstance(schema, str):
-            return cls._of_schema(schema)
+            return cls._of_schema(schema, label)
         try:
-            return cls._of_schema(json.loads(schema))
+            return cls._of_schema(json.loads(schema), label)
         except RecursionError as error:
             raise GrammarError("the JSON schema has lists or objects too deep") from error
         except ValueError as error:
@@ -122,14 +137,15 @@ class Grammar:
         return cls("lark", text)
 
     @classmethod
-    def _of_schema(cls, schema: object) -> "Grammar":
+    def _of_schema(cls, schema: object, label: str = "") -> "Grammar":
         if not isinstance(schema, Mapping):
             raise GrammarError(
                 f"a JSON schema is an object such as {{'type': 'object'}}, got {schema!r:.100}"
             )
         _check_size(schema)
         try:
-            return cls("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
+            text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+            return cls("json_schema", text, label)
         except (TypeError, ValueError) as error:
             if isinstance(error, GrammarError):
                 raise
@@ -162,10 +178,39 @@ def as_grammar(schema: object) -> Grammar:
 
 
 def _schema_of_class(model: Any) -> object:  # noqa: ANN401  a class of a library we do not import
+    """Return the schema of a pydantic class, whose objects have its fields and no others.
+
+    Pydantic ignores keys that it does not know and leaves its schemas open, so a model would write
+    keys of its own until its room is used up. `extra="allow"` is in the schema, and stays.
+    """
     try:
-        return model.model_json_schema()
+        schema = model.model_json_schema()
     except Exception as error:  # it is pydantic's or the user's own code
         raise GrammarError(f"{model.__name__} has no JSON schema: {error}") from error
+    if isinstance(schema, Mapping):
+        _check_size(schema)  # before it is walked by recursion
+    return _closed(schema)
+
+
+def _closed(schema: object) -> object:
+    """Return a schema whose objects allow no keys but those declared, unless they say so.
+
+    Objects without `properties` are dictionaries, whose keys are what they hold.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, object] = {}
+    for key, part in schema.items():
+        if key in _OF_NAMES and isinstance(part, Mapping):
+            found[key] = {name: _closed(inner) for name, inner in part.items()}
+        elif key in _OF_SCHEMAS:
+            is_list = isinstance(part, list | tuple)
+            found[key] = [_closed(one) for one in part] if is_list else _closed(part)
+        else:  # examples and defaults are values, whatever their keys are called
+            found[key] = part
+    if found.get("type") == "object" and "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 def _check_size(schema: Mapping[str, object]) -> None:
@@ -198,3 +243,96 @@ def _inside(part: object) -> Iterator[object]:
     values = part.values() if isinstance(part, Mapping) else part
     if isinstance(values, Iterable):
         yield from (one for one in values if isinstance(one, Mapping | list | tuple))
+
+
+def has_finite_instance(schema: object) -> bool:
+    """Return whether some value may follow a JSON schema; False only where it is certain.
+
+    A schema whose required parts contain it again, as `{"$ref": "#"}`, has no value that ends.
+    Types, `required`, `minItems`, `anyOf`, `oneOf`, `allOf` and references within the schema are
+    looked at, everything else allows a value. So does a schema that is too large to be looked at.
+    """
+    targets = _targets(schema)
+    if len(targets) > MOST_REFERENCES:
+        return True
+    possible: set[str] = set()
+    while True:  # a reference has a value as soon as what it leads to has one
+        known: dict[int, bool] = {}
+        more = {
+            name
+            for name, part in targets.items()
+            if name not in possible and _is_possible(part, targets, possible, known)
+        }
+        if not more:
+            return _is_possible(schema, targets, possible, known)
+        possible |= more
+
+
+def _targets(schema: object) -> dict[str, object]:
+    """Return what the references within a schema lead to, by their text."""
+    found: dict[str, object] = {}
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        waiting += _inside(part)
+        name = part.get("$ref") if isinstance(part, Mapping) else None
+        if isinstance(name, str) and name.startswith("#") and name not in found:
+            target = _at(schema, name)
+            if target is not None:
+                found[name] = target
+    return found
+
+
+def _at(schema: object, pointer: str) -> object:
+    """Return the part that a reference such as `#/$defs/node` leads to; None: there is none."""
+    part = schema
+    for step in pointer.removeprefix("#").split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(part, Mapping):
+            part = part.get(name)
+        elif isinstance(part, list) and name.isdecimal() and len(name) < 9:
+            part = part[int(name)] if int(name) < len(part) else None
+        else:
+            return None
+    return part
+
+
+def _is_possible(
+    schema: object, targets: Mapping[str, object], possible: Set[str], known: dict[int, bool]
+) -> bool:
+    """Return whether a value may follow a part of a schema.
+
+    Args:
+        schema: the part.
+        targets: what references lead to; others have a value.
+        possible: references of these that are known to have one.
+        known: parts that were looked at already, by their identity.
+    """
+    if not isinstance(schema, Mapping):
+        return schema is not False
+    if id(schema) not in known:
+        parts = _needed(schema)
+        name = schema.get("$ref")
+        known[id(schema)] = (
+            not (isinstance(name, str) and name in targets and name not in possible)
+            and all(_is_possible(part, targets, possible, known) for part in parts)
+            and all(
+                any(_is_possible(part, targets, possible, known) for part in schema[branches])
+                for branches in ("anyOf", "oneOf")
+                if isinstance(schema.get(branches), list)
+            )
+        )
+    return known[id(schema)]
+
+
+def _needed(schema: Mapping[str, object]) -> list[object]:
+    """Return the parts of a schema without which it has no value."""
+    every, kind = schema.get("allOf"), schema.get("type")
+    found = [*every] if isinstance(every, list) else []
+    parts, required = schema.get("properties"), schema.get("required")
+    if kind == "object" and isinstance(parts, Mapping) and isinstance(required, list):
+        found += [parts[name] for name in required if isinstance(name, str) and name in parts]
+    least = schema.get("minItems")
+    if kind == "array" and isinstance(least, int) and least > 0 and "prefixItems" not in schema:
+        found.append(schema.get("items"))
+    return found

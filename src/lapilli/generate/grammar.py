@@ -15,6 +15,7 @@ requests, whichever tokens end them.
 
 import json
 import os
+import re
 import weakref
 from collections.abc import Collection, Sequence
 from functools import cache, lru_cache
@@ -24,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lapilli.config.grammar import Grammar
-from lapilli.errors import GenerationError, GrammarError
+from lapilli.config.grammar import Grammar, has_finite_instance
+from lapilli.errors import GrammarError
 from lapilli.generate.output import TokenBytes
 from lapilli.generate.speculative import IsWorth, Proposer
 from lapilli.generate.vocabulary import Vocabulary
@@ -47,6 +48,24 @@ _WORD = 32  # bits
 _TRIED = 2  # tokens
 _WRITTEN = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """JSON in one line, as json.dumps writes it: what stands between values is forced."""
+_TOO_COSTLY = (
+    "it takes too much time or memory: make it smaller, bound what repeats, and put no repetition "
+    "inside of another"
+)
+_REASONS = (
+    (r"NoExtension", "nothing matches it from here on"),
+    (
+        r"lexer error|LexerTooComplex|[Ff]uel|Too many items|too many (states|expressions)|"
+        r"too (big|large|complex)|limit (for|exceeded|reached)|max is \d|exceeds? (size )?limit|"
+        r"stack level exceeded|maximum number of",
+        _TOO_COSTLY,
+    ),
+)
+"""What llguidance says of its own insides, and what that means to whoever wrote the grammar."""
+_NO_INSTANCE = (
+    "nothing matches it: its required parts contain the schema again, so no value of it ever ends; "
+    "make the part that refers back optional, or allow null in its place"
+)
 
 
 @cache
@@ -103,16 +122,16 @@ class TokenMatcher:
         """Advance by the token that was sampled.
 
         Raises:
-            GenerationError: the grammar does not allow it, because no token of the model goes on
+            GrammarError: the grammar does not allow it, because no token of the model goes on
                 with this text, or because a limit was reached.
         """
         if token_id in self._stop_ids and self._matcher.is_accepting():
             self.is_over = True
             return
         if not self._matcher.consume_token(token_id):
-            raise GenerationError(
+            raise GrammarError(
                 f"the answer cannot go on as {self._name} asks: "
-                f"{_in_one_line(self._matcher.get_error())}"
+                f"{_in_plain_words(self._matcher.get_error())}"
             )
         self.is_over = self._matcher.is_stopped()
 
@@ -130,12 +149,12 @@ class TokenMatcher:
         """Check that llguidance computed the last mask.
 
         Raises:
-            GenerationError: it reached a limit.
+            GrammarError: it reached a limit, or nothing may follow.
         """
         if self._matcher.is_error():
-            raise GenerationError(
-                f"{self._name} takes too much time or memory here: "
-                f"{_in_one_line(self._matcher.get_error())}"
+            raise GrammarError(
+                f"the answer cannot go on as {self._name} asks: "
+                f"{_in_plain_words(self._matcher.get_error())}"
             )
 
     def place(self, row: int) -> tuple[Any, int]:
@@ -233,6 +252,16 @@ class GrammarCompiler:
         """Return the CompiledGrammar of a Grammar; raises GrammarError."""
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        for one in (grammar, *grammar.parts):
+            _check_instance(one)
+        try:
+            return self._compiled(grammar)
+        except GrammarError:
+            for part in grammar.parts:  # the whole is ours, a part is what somebody wrote
+                self.compile(part)
+            raise
+
+    def _compiled(self, grammar: Grammar) -> CompiledGrammar:
         matcher = self._matcher(grammar, _source(grammar))
         if self._drops_space:
             # Where the text may begin with a space, the one that is dropped has to be there.
@@ -259,10 +288,9 @@ class GrammarCompiler:
 
     def _check(self, grammar: Grammar, matcher: Any) -> None:  # noqa: ANN401
         if matcher.is_error():
-            raise GrammarError(
-                f"{grammar.name} cannot be followed: {_in_one_line(matcher.get_error())} "
-                f"(in {grammar.text!r:.100})"
-            )
+            reason = _in_plain_words(matcher.get_error())
+            place = "" if grammar.parts else f" (in {grammar.text!r:.100})"
+            raise GrammarError(f"{grammar.name} cannot be followed: {reason}{place}")
 
 
 _COMPILERS: dict[tuple[int, int, object], GrammarCompiler] = {}
@@ -321,6 +349,20 @@ class GrammarProposer:
         return proposed[: self._matcher.allows(proposed)]
 
 
+def _check_instance(grammar: Grammar) -> None:
+    """Refuse a JSON schema that no finite value follows.
+
+    The first steps show it only where it is the whole form: the model may choose another branch.
+
+    Raises:
+        GrammarError: there is none.
+    """
+    if grammar.kind == "json_schema" and not has_finite_instance(json.loads(grammar.text)):
+        raise GrammarError(
+            f"{grammar.name} cannot be followed: {_NO_INSTANCE} (in {grammar.text!r:.100})"
+        )
+
+
 def _source(grammar: Grammar, space: str | None = None) -> str:
     """Return the grammar as llguidance reads it; `space`: " " or "?" for one that may be there."""
     library = _library()
@@ -349,7 +391,10 @@ def _written(schema: dict[str, Any]) -> dict[str, Any]:
     return schema | {"x-guidance": _WRITTEN | (options if isinstance(options, dict) else {})}
 
 
-def _in_one_line(error: str) -> str:
-    """Return the first lines of a message of llguidance, without its picture of the place."""
-    text = " ".join(error.split())
+def _in_plain_words(error: str) -> str:
+    """Return what a message of llguidance means; its first lines where it says so itself."""
+    for pattern, words in _REASONS:
+        if re.search(pattern, error):
+            return words
+    text = " ".join(error.replace("<non-verbose/>", "").split())
     return f"{text[:300]}..." if len(text) > 300 else text

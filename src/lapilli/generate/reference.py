@@ -265,13 +265,15 @@ def stream(
     return Stream(steps, answers[0])
 
 
-def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual: int = 0) -> int:
+def check_context(
+    num_tokens: int, context_length: int, *, row: int | None = None, visual: int = 0
+) -> int:
     """Return how many tokens an answer may have after a prompt.
 
     Args:
         num_tokens: of the prompt, every visual token counted.
         context_length: most tokens of prompt and answer.
-        row: named in the error.
+        row: of a batch, named in the error.
         visual: how many of the tokens are visual; named in the error.
 
     Raises:
@@ -280,8 +282,9 @@ def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual:
     room = context_length - num_tokens
     if room < 1:
         seen = f", {visual} of them visual tokens" if visual else ""
+        place = "" if row is None else f" of row {row}"
         raise ContextTooLongError(
-            f"the prompt of row {row} has {num_tokens} tokens{seen}, but prompt and answer "
+            f"the prompt{place} has {num_tokens} tokens{seen}, but prompt and answer "
             f"together may have {context_length}: shorten the text or send fewer or smaller images"
         )
     return room
@@ -299,15 +302,16 @@ def new_answers(
     config = model.language_model.config
     check_logit_bias(params, config.vocab_size)
     most = config.max_positions if context_length is None else context_length
+    lengths = batch.attention_mask.sum(dim=1).tolist()
     return [
         GenerationState(
             tokenizer,
             params,
             eos_ids=eos_ids,
-            room=check_context(length, most, row=row),
+            room=check_context(length, most, row=row if len(lengths) > 1 else None),
             prompt_len=length,
         )
-        for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist())
+        for row, length in enumerate(lengths)
     ]
 
 

@@ -235,7 +235,7 @@ class Sampler:
         """Return the token of one row and its report, if asked for; count it in `state`.
 
         Raises:
-            GenerationError: its grammar allows no token, or reached a limit.
+            GrammarError: its grammar allows no token, or reached a limit.
         """
         params, processors, matcher = state.params, state.processors, state.matcher
         if matcher is not None:

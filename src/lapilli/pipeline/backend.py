@@ -135,8 +135,8 @@ def _project_features(
     if not fits or not features.is_floating_point():
         raise MediaError(
             f"features must be floating point [n, {width}] (language model) or [n, {tower}] "
-            f"(vision tower), got {features.dtype} {shape}; pass a picture as a Pillow image or an "
-            "array"
+            f"(vision tower), got {features.dtype} {shape}: a tensor is read as features, "
+            "never as a picture"
         )
     weight = next(modality.parameters())
     features = features.to(weight.device, weight.dtype)
@@ -311,7 +311,12 @@ class Backend:
         return max(config.context_length, config.text.max_positions)
 
     def process(
-        self, messages: Sequence[Message], items: Sequence[Any], template: Template, *, row: int = 0
+        self,
+        messages: Sequence[Message],
+        items: Sequence[Any],
+        template: Template,
+        *,
+        row: int | None = None,
     ) -> ProcessedPrompt:
         """Return the prompt of a conversation; its spans have the lengths of its media.
 

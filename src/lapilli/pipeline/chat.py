@@ -522,7 +522,11 @@ class Chat:
                 self._conversation = talk
 
     def _process(
-        self, messages: Sequence[Message], talk: Conversation | None = None, *, row: int = 0
+        self,
+        messages: Sequence[Message],
+        talk: Conversation | None = None,
+        *,
+        row: int | None = None,
     ) -> ProcessedPrompt:
         """Return the prompt of these messages.
 

@@ -10,7 +10,9 @@ the question has alone, up to the rounding of floats. Knows questions and prompt
 a pass is made.
 """
 
+import pathlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ from lapilli.shapes import Float, Tensor
 
 YES = ("yes", "Yes", " yes", " Yes")
 NO = ("no", "No", " no", " No")
+_LONGEST_PATH = 1024  # letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Decider:
         answers: list[Answer] = []
         for one, way in zip(asked, ways, strict=True):
             if way == "refused":
-                answers.append(Refusal(self._without_media, one.question.name))
+                answers.append(Refusal(self._without_media + _hint(given), one.question.name))
                 continue
             found = next(logits) if way == "packed" else self._read_apart(prefix, one)
             answers.append(_answer(one.question, one.tree.probabilities(found)))
@@ -233,7 +236,7 @@ class Decider:
         if found is None:
             raise PromptError(
                 "spelled choices need a token that ends an answer, and the checkpoint names none: "
-                "ask with spelled=False"
+                "leave `spelled` out"
             )
         return found
 
@@ -269,6 +272,20 @@ def _conversation(given: object) -> list[Message]:
     if not any(isinstance(part, MediaPart) or part.text.strip() for part in parts):
         raise PromptError("the input is empty: give a text, a picture or messages")
     return [Message("user", tuple(parts))]
+
+
+def _hint(given: object) -> str:
+    """Return what to do where a text of the input was meant as a picture; "" where none was.
+
+    Texts of messages are not looked at: they come from strangers too, whom it does not concern
+    which files there are.
+    """
+    for one in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(one, str) and 0 < len(one) <= _LONGEST_PATH:
+            with suppress(OSError, RuntimeError, ValueError):  # it is no path at all
+                if pathlib.Path(one).expanduser().is_file():
+                    return f" (the text {one!r} names a file: give a picture as Path({one!r}))"
+    return ""
 
 
 def _with_mark(last: Message, mark: str) -> Message:

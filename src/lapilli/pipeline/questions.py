@@ -268,7 +268,7 @@ def _check_instructions(given: object) -> None:
     is_right = isinstance(given, str | tuple)
     if not is_right or not any(not isinstance(part, str) or part.strip() for part in parts):
         raise PromptError(
-            "the instructions of a question must be a text, or a tuple of texts and pictures, "
+            "the instructions of a question must be a text, or several texts and pictures, "
             f"with something in them, got {shown(given)}"
         )
 

@@ -42,10 +42,7 @@ Style = Literal["single", "two", "mpt", "plain", "llama_2"]
 Turn = tuple[str, "list[Segment] | None"]
 
 
-NOTHING_TO_ANSWER = (
-    "the last message is the assistant's answer: add a message of the user, or render with "
-    "open_turn=False"
-)
+NOTHING_TO_ANSWER = "the last message is the assistant's answer: add a message of the user"
 
 
 def to_text(segments: Iterable[Segment]) -> str:

@@ -28,7 +28,7 @@ from lapilli.serve.calls import (
     response_parts,
 )
 from lapilli.serve.errors import invalid
-from lapilli.serve.media import Part
+from lapilli.serve.media import NamedPart, Part
 from lapilli.serve.sampling import check_stops, updated
 from lapilli.serve.service import ChatRequest, Service, Turn
 from lapilli.serve.stream import event, respond
@@ -113,8 +113,7 @@ class MessagesBody(CountBody):
         """Return the sampling options over those of the server.
 
         Raises:
-            GenerationError: one out of its bounds.
-            ApiError: too many stop sequences, or a form that cannot be used.
+            ApiError: one out of its bounds, too many stop sequences, or a form that cannot be used.
         """
         check_stops(self.stop_sequences, "stop_sequences")
         options = {
@@ -125,7 +124,7 @@ class MessagesBody(CountBody):
             "top_k": self.top_k,
             "grammar": self.form(),
         }
-        return updated(base, options)
+        return updated(base, options, {"max_new_tokens": "max_tokens", "stop": "stop_sequences"})
 
 
 def router(service: Service) -> APIRouter:
@@ -231,10 +230,12 @@ def picture_of(source: object, where: str) -> dict[str, Any]:
     """
     given = source if isinstance(source, Mapping) else {}
     kind = given.get("type")
+    instead = "a source of the type base64"
     if kind == "base64" and isinstance(given.get("data"), str):
-        return {"image_url": f"data:{given.get('media_type', 'image/png')};base64,{given['data']}"}
+        part = {"image_url": given["data"]}
+        return NamedPart(part, f"{where}.source.data", instead, is_base64=True)
     if kind == "url" and isinstance(given.get("url"), str):
-        return {"image_url": given["url"]}
+        return NamedPart({"image_url": given["url"]}, f"{where}.source.url", instead)
     if kind == "file" and isinstance(given.get("file_id"), str):
         return {"file_id": given["file_id"]}
     raise invalid(

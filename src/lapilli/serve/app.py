@@ -37,9 +37,10 @@ from lapilli.serve import (
 )
 from lapilli.serve.auth import Gate
 from lapilli.serve.connection import Connections, OpenRequests
-from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of, invalid
+from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
 from lapilli.serve.options import ServeOptions
 from lapilli.serve.service import Service
+from lapilli.serve.validation import misfit, unreadable
 
 LOG = logging.getLogger(__name__)
 
@@ -152,14 +153,14 @@ async def _answered(request: Request, error: Exception) -> JSONResponse:
 
 def _cause(request: Request, error: Exception) -> ApiError:
     """Return what a client is told of an error of lapilli's, of the framework's, or of any kind."""
-    if isinstance(error, RequestValidationError):  # 400, as OpenAI does, with the first field
-        first = error.errors()[0] if error.errors() else {"loc": ("body",), "msg": "is not valid"}
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return invalid(f"{where}: {first['msg']}", where)
+    if isinstance(error, RequestValidationError):  # 400, as OpenAI does
+        return misfit(error, dialect_of(request.url.path))
     if not isinstance(error, HTTPException):
-        return api_error(error)
+        return api_error(error, request.url.path)
     if isinstance(error.__cause__, OSError):  # the framework calls every error of a body a 400
         return _not_stored(error.__cause__)
+    if (found := unreadable(error)) is not None:
+        return found
     message = str(error.detail)
     if error.status_code == 404:
         message = f"there is no route {request.method} {request.url.path}"

@@ -95,14 +95,20 @@ def chat_request(body: ChatBody, use: ToolUse, base: SamplingParams, owner: str)
 
     Raises:
         ApiError: no messages, a part of an unknown type, or options that contradict each other.
-        GenerationError: a sampling option out of its bounds.
+        GenerationError: sampling options that contradict each other.
     """
     logprobs = None
     if body.logprobs or body.top_logprobs:
         logprobs = body.top_logprobs or 0
         if not 0 <= logprobs <= 20:
             raise invalid(f"top_logprobs must be from 0 to 20, got {logprobs}", "top_logprobs")
-    params = body.params(base, logprobs=logprobs, max_new_tokens=body.most, grammar=body.grammar())
+    params = body.params(
+        base,
+        logprobs=logprobs,
+        max_new_tokens=body.most,
+        grammar=body.grammar(),
+        longest="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+    )
     return ChatRequest(
         turns=with_instructions(turns_of(body.messages), use),
         params=use.params(params),

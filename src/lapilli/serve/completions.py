@@ -15,6 +15,9 @@ from lapilli.serve.service import ChatRequest, Service
 from lapilli.serve.stream import DONE, event, streamed, unless_gone
 from lapilli.serve.structured import StructuredBody
 
+MOST_LOGPROBS = 20
+"""As chat has it; OpenAI's own completions have 5."""
+
 
 class CompletionBody(SamplingBody, StructuredBody):
     """The body of `/v1/completions`."""
@@ -34,7 +37,12 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, http: Request) -> Response:
         """Go on with texts, at once or as a stream."""
         service.check_model(body.model)
-        requests = completion_requests(body, service.options.sampling, http.state.owner)
+        requests = completion_requests(
+            body,
+            service.options.sampling,
+            http.state.owner,
+            most=service.engine.engine.options.max_waiting,
+        )
         writer = CompletionWriter(service, body)
         async with AsyncExitStack() as stack:  # closes those that are open if one fails
             opened = [await stack.enter_async_context(await service.open(r)) for r in requests]
@@ -47,15 +55,26 @@ def router(service: Service) -> APIRouter:
 
 
 def completion_requests(
-    body: CompletionBody, base: SamplingParams, owner: str
+    body: CompletionBody, base: SamplingParams, owner: str, *, most: int
 ) -> list[ChatRequest]:
     """Return one internal request per prompt.
 
+    Args:
+        body: what was asked.
+        base: options of the server.
+        owner: whose key it came with.
+        most: answers that the engine may have under way.
+
     Raises:
-        ApiError: no prompt, several as a stream, or an option that this server does not have.
+        ApiError: no prompt, several as a stream, more than an engine ever takes, or an option that
+            this server does not have.
     """
-    if body.suffix or (body.best_of or body.n or 1) != (body.n or 1):
-        raise invalid("suffix and best_of are not supported: leave them out")
+    for name, is_given in (
+        ("suffix", body.suffix),
+        ("best_of", (body.best_of or body.n or 1) != (body.n or 1)),
+    ):
+        if is_given:
+            raise invalid(f"{name} is not supported: leave it out", name)
     given = body.prompt
     if isinstance(given, str):
         prompts: list[str | list[int]] = [given]
@@ -65,15 +84,26 @@ def completion_requests(
     if not all(prompts):
         raise invalid("prompt is empty: give a text or tokens", "prompt")
     if body.stream and len(prompts) > 1:
-        raise invalid(f"{len(prompts)} prompts cannot be streamed: ask for one", "n")
-    most = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
-    params = body.params(base, logprobs=body.logprobs, max_new_tokens=most, grammar=body.grammar())
+        raise invalid(f"{len(prompts)} prompts cannot be streamed: ask for one", "prompt")
+    choices = 1 if body.n is None else body.n
+    if len(prompts) * max(1, choices) > most:
+        each = f" with {choices} answers each" if choices > 1 else ""
+        raise invalid(
+            f"{len(prompts)} prompts{each} in one request, this server takes {most} answers at the "
+            "same time: send fewer prompts",
+            "prompt",
+        )
+    logprobs = body.logprobs
+    if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+        raise invalid(f"logprobs must be from 0 to {MOST_LOGPROBS}, got {logprobs}", "logprobs")
+    longest = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
+    params = body.params(base, logprobs=logprobs, max_new_tokens=longest, grammar=body.grammar())
     return [
         ChatRequest(
             prompt=one if isinstance(one, str) else tuple(one),
             params=params,
             has_limit=body.max_tokens is not None,
-            choices=1 if body.n is None else body.n,
+            choices=choices,
             owner=owner,
         )
         for one in prompts

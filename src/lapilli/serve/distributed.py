@@ -185,7 +185,7 @@ def run_distributed(
         GenerationError: the replicas do not start.
     """
     taken = bind(options)
-    ray = connect("--engine ray needs Ray")
+    ray = connect("--engine ray needs Ray", "leave --engine out")
     share = share_of(ray, cores=cores, device=device)
     check_room(ray, share, replicas)
     behind = replace(options, keys=(), without_key=True)

@@ -120,7 +120,11 @@ def _prompt(
         first = list(service.chat.tokenizer.prefix_ids)
         ids = ids if ids[: len(first)] == first else [*first, *ids]
         if len(ids) == len(first):
-            raise invalid(f"{name} has no tokens of a text", name)
+            raise invalid(
+                f"{name} has no tokens behind those that every text begins with "
+                f"({', '.join(map(str, first))}): add the tokens of a text",
+                name,
+            )
         return ProcessedPrompt(EncodedPrompt(ids, [False] * len(ids)), ())
     parts = parts_of([part for part in given if isinstance(part, dict)], name)
     return embedder.prompt(service.media.opened(parts, owner), name)

@@ -87,29 +87,45 @@ def dialect_of(path: str) -> Dialect:
     return "ollama" if path.startswith("/api/") else "openai"
 
 
-_ANSWERS: Mapping[type[Exception], tuple[int, str, str | None]] = {
-    BusyError: (429, "too_many_requests", None),
-    ClosedError: (503, "unavailable", None),
-    ModelFailedError: (INTERNAL, "model_failed", None),
-    UnknownMediumError: (404, "not_found", "messages"),
-    MediaTooLargeError: (413, "too_large", "messages"),
-    MediaError: (400, "invalid_image", "messages"),
-    ContextTooLongError: (400, "context_length_exceeded", "messages"),
-    StoreError: (404, "unknown_id", None),
+_ANSWERS: Mapping[type[Exception], tuple[int, str]] = {
+    BusyError: (429, "too_many_requests"),
+    ClosedError: (503, "unavailable"),
+    ModelFailedError: (INTERNAL, "model_failed"),
+    UnknownMediumError: (404, "not_found"),
+    MediaTooLargeError: (413, "too_large"),
+    MediaError: (400, "invalid_image"),
+    ContextTooLongError: (400, "context_length_exceeded"),
+    StoreError: (404, "unknown_id"),
 }
-"""Status, code and field of each kind of error; one that is not here is told as its nearest kind,
-and a LapilliError of no such kind is a 400 with its name as code."""
+"""Status and code of each kind of error; one that is not here is told as its nearest kind, and a
+LapilliError of no such kind is a 400 with its name as code."""
+_CONTENTS: Mapping[str, str] = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/decisions": "input",
+    "/v1/embeddings": "input",
+    "/v1/files": "file",
+}
+"""The field of a route that has texts and pictures, where it is one."""
 _RETRY: Mapping[int, Mapping[str, str]] = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
 
 
-def api_error(error: Exception) -> ApiError:
-    """Return what a client is told of an error; one that nobody foresaw is a 500 with its name."""
+def api_error(error: Exception, path: str = "") -> ApiError:
+    """Return what a client is told of an error; one that nobody foresaw is a 500 with its name.
+
+    Args:
+        error: of any kind.
+        path: of the route, which says what the field of its contents is called.
+    """
     if isinstance(error, ApiError):
         return error
     message = str(error)
     for kind in type(error).__mro__:
         if kind in _ANSWERS:
-            status, code, param = _ANSWERS[kind]
+            status, code = _ANSWERS[kind]
+            is_content = issubclass(kind, MediaError | ContextTooLongError)
+            param = _CONTENTS.get(path) if is_content else None
             return ApiError(status, message, code, param, _RETRY.get(status, {}))
     name = type(error).__name__
     if isinstance(error, LapilliError):

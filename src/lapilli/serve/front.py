@@ -101,7 +101,8 @@ class Front:
         """
         wrong = await self._handle.check_picture.remote(data, owner)
         if wrong is not None:
-            raise ApiError(*wrong)
+            status, message, code = wrong
+            raise ApiError(status, message, code, "file")
 
     async def close(self) -> None:
         """Take no more requests; those that run are answered by the replicas."""
@@ -119,7 +120,7 @@ class Front:
             told |= {"client": scope.get("client"), "server": scope.get("server")}
             await self._forward(told, body, prefix_key(body, owner), receive, send)
         except (ApiError, LapilliError) as error:
-            found = api_error(error)
+            found = api_error(error, scope["path"])
             self.metrics.count_error(found.status)
             await refuse(found, scope, send)
 

@@ -50,6 +50,30 @@ Part = str | dict[str, Any]
 """A text, or a picture in OpenAI's form that a worker thread is to open."""
 
 
+class NamedPart(dict[str, Any]):
+    """A picture of another protocol in OpenAI's form, and what its own protocol calls it.
+
+    Args:
+        part: the picture.
+        name: the client's field, for errors.
+        instead: what may be sent in the place of a URL.
+        is_base64: its image_url is base64, whatever it looks like.
+    """
+
+    def __init__(
+        self,
+        part: Mapping[str, Any],
+        name: str = "image_url",
+        instead: str = "a data URI (data:image/png;base64,...)",
+        *,
+        is_base64: bool = False,
+    ) -> None:
+        super().__init__(part)
+        self.name = name
+        self.instead = instead
+        self.is_base64 = is_base64
+
+
 @dataclass(frozen=True, slots=True)
 class CachedPicture:
     """A prepared picture and the bytes that it takes."""
@@ -179,7 +203,8 @@ class MediaReader:
         if given.get("file_id") is not None:
             data = self._files.content(str(given["file_id"]), owner)
         elif url is not None:
-            data = self.content(url, owner)
+            named = given if isinstance(given, NamedPart) else NamedPart(given)
+            data = self.content(url, owner, named)
         elif uuid is not None:
             return MediaPart(self._in_detail(self.pictures.called(owner, uuid), detail))
         else:
@@ -226,36 +251,43 @@ class MediaReader:
             self.pictures.call(owner, uuid, digest)
         return item
 
-    def content(self, url: object, owner: str) -> bytes:
+    def content(self, url: object, owner: str, named: NamedPart) -> bytes:
         """Return the bytes that a URL stands for.
+
+        Args:
+            url: of the picture.
+            owner: whose request it is.
+            named: the part that it is of, which knows what the client calls it.
 
         Raises:
             MediaError: another kind of URL than is allowed, or nothing behind it.
         """
         if not isinstance(url, str) or not url:
-            raise MediaError(f"image_url must be a text, got {shown(url)}")
+            raise MediaError(f"{named.name} must be a text, got {shown(url)}")
         options = self._options
         scheme = url[:8].lower().partition(":")[0] if ":" in url[:8] else ""
+        if named.is_base64:
+            packed = "".join(url.split())
+            padded = packed + "=" * (-len(packed) % 4)
+            return _unpacked(padded, f"{named.name} {url[:60]!r} is no base64")
         if scheme == "data":
             return self._fetched(url)
         if scheme in ("http", "https"):
             if not options.allow_remote_images:
                 raise MediaError(
-                    "this server fetches no pictures from URLs: send a data URI "
-                    "(data:image/png;base64,...), or start it with --allow-remote-images"
+                    f"{named.name}: this server fetches no pictures from URLs: send "
+                    f"{named.instead}, or let it be started with --allow-remote-images"
                 )
             return self._fetched(url)
         if scheme == "file":
             return self._of_file(url)
         if url.startswith("file-"):
             return self._files.content(url, owner)
-        try:  # base64 without a prefix, as some clients send it
-            return base64.b64decode("".join(url.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise MediaError(
-                f"image_url {url[:60]!r} is no data URI, no http(s) URL and no base64: send "
-                "data:image/png;base64,..."
-            ) from error
+        return _unpacked(  # without a prefix, as some clients send it
+            url,
+            f"{named.name} {url[:60]!r} is no data URI, no http(s) URL and no base64: send "
+            f"{named.instead}",
+        )
 
     def _fetched(self, url: str) -> bytes:
         limits = self._options.limits
@@ -335,6 +367,14 @@ class MediaReader:
             )
 
 
+def _unpacked(text: str, wrong: str) -> bytes:
+    """Return the bytes of base64; raises MediaError with `wrong` where it is none."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(wrong) from error
+
+
 def one_tensor(data: bytes) -> Float[Tensor, "n D"]:
     """Return the only tensor of a safetensors file, whose header is checked first.
 
@@ -359,6 +399,11 @@ def one_tensor(data: bytes) -> Float[Tensor, "n D"]:
             "image_embeds: expected a safetensors file with one matrix [n, D] in it"
         ) from error
     whole = all(type(one) is int and one >= 0 for one in (rows, width, begin, end))
+    if whole and 0 in (rows, width):
+        raise MediaError(
+            f"image_embeds has the shape [{rows}, {width}]: at least one row is needed, and one "
+            "number in it"
+        )
     if not whole or kind not in _DTYPES:
         raise MediaError(
             f"image_embeds: dtype {shown(kind)}, shape {shown(shape)}: expected "

@@ -24,8 +24,8 @@ from lapilli.serve.calls import AnswerReader, Call, CallEnd, Text
 from lapilli.serve.chat import MessageBody as ChatMessage
 from lapilli.serve.chat import turns_of
 from lapilli.serve.errors import invalid
-from lapilli.serve.media import Part
-from lapilli.serve.sampling import check_stops
+from lapilli.serve.media import NamedPart, Part
+from lapilli.serve.sampling import check_stops, updated
 from lapilli.serve.service import ChatRequest, Service, Turn
 from lapilli.serve.stream import line, respond
 from lapilli.serve.structured import kind_grammar
@@ -102,11 +102,13 @@ class OllamaBody(BaseModel):
         """Return the sampling options over those of the server.
 
         Raises:
-            ApiError: a way to sample that this server does not have, or a form of an unknown kind.
-            GenerationError: a value out of its bounds.
+            ApiError: a way to sample that this server does not have, a value out of its bounds, or
+                a form of an unknown kind.
         """
         found = {} if self.options is None else self.options.given()
-        return base.updated(**found, grammar=self.form() or base.grammar)
+        names = {name: f"options.{name}" for name in found}
+        names |= {ours: f"options.{theirs}" for theirs, ours in NAMES.items()}
+        return updated(base, found | {"grammar": self.form()}, names)
 
     def form(self) -> Grammar | None:
         """Return the form that the answer must have: "json", or a schema.
@@ -119,7 +121,8 @@ class OllamaBody(BaseModel):
         if self.format == "json":
             return Grammar.json_object()
         if isinstance(self.format, str):
-            raise invalid(f"format is {self.format!r}: expected json or a JSON schema")
+            message = f"format is {self.format!r}: expected json or a JSON schema"
+            raise invalid(message, "format")
         return kind_grammar("json", self.format, "format")
 
 
@@ -233,7 +236,11 @@ def _add_models(routes: APIRouter, service: Service) -> None:
 
 def pictures_of(images: list[str] | None) -> tuple[Part, ...]:
     """Return pictures in base64 in the form that all protocols' media have."""
-    return tuple({"image_url": one} for one in images or ())
+    return tuple(_picture(one, f"images[{at}]") for at, one in enumerate(images or ()))
+
+
+def _picture(data: str, name: str) -> NamedPart:
+    return NamedPart({"type": "image_url", "image_url": data}, name, "the picture in base64")
 
 
 def chat_turns(messages: list[MessageBody]) -> tuple[Turn, ...]:
@@ -246,12 +253,12 @@ def chat_turns(messages: list[MessageBody]) -> tuple[Turn, ...]:
     for at, one in enumerate(messages):
         if one.role not in ("system", "user", "assistant", "tool"):
             raise invalid(f"messages[{at}] has the role {one.role!r}", "messages")
-        shown = [{"type": "image_url", "image_url": {"url": url}} for url in one.images or ()]
+        where = f"messages[{at}].images"
+        shown = [_picture(data, f"{where}[{n}]") for n, data in enumerate(one.images or ())]
         content = [*shown, {"type": "text", "text": one.content}] if one.content or shown else None
+        # As they are: a validation would make plain dicts of the pictures.
         found.append(
-            ChatMessage.model_validate(
-                {"role": one.role, "content": content, "tool_calls": one.tool_calls}
-            )
+            ChatMessage.model_construct(role=one.role, content=content, tool_calls=one.tool_calls)
         )
     return turns_of(found)
 

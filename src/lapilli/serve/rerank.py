@@ -18,7 +18,7 @@ from lapilli.rank.prompt import POINTWISE, Content
 from lapilli.serve.answers import new_id
 from lapilli.serve.chat import MEDIA_TYPES, parts_of
 from lapilli.serve.errors import invalid
-from lapilli.serve.media import Part
+from lapilli.serve.media import NamedPart, Part
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
 
@@ -144,7 +144,9 @@ class Reranking:
         found: list[Content] = []
         url = given.image if given.image is not None else given.image_url
         if url is not None:
-            found.append(self._service.media.part({"image_url": url}, owner))
+            name = "image_url" if given.image is None else "image"
+            part = NamedPart({"image_url": url}, f"{where}.{name}")
+            found.append(self._service.media.part(part, owner))
         return found if given.text is None else [*found, given.text]
 
     def _modality(self, name: str | None, where: str) -> str:
@@ -183,7 +185,8 @@ def texts_and_media(given: Parts, where: str) -> Sequence[Part]:
     for part in given:
         kind = part.get("type", "text" if "text" in part else "image")
         is_plain = kind == "image" and "image" in part
-        known.append({"image_url": part["image"], "type": "image"} if is_plain else part)
+        plain = {"image_url": part.get("image"), "type": "image"}
+        known.append(NamedPart(plain, f"{where}.image") if is_plain else part)
         known[-1].setdefault("type", kind)
     return parts_of(known, where)
 

@@ -129,15 +129,16 @@ class ResponsesBody(SamplingBody, StructuredBody):
         """Return the internal request.
 
         Raises:
-            ApiError: an item or a part of an unknown type, or two forms of the answer.
-            GenerationError: a sampling option out of its bounds.
+            ApiError: an item or a part of an unknown type, two forms of the answer, or a sampling
+                option out of its bounds.
         """
         form = format_grammar((self.text or {}).get("format"), "text.format")
         other = self.grammar()
         if form is not None and other is not None:
             raise invalid("text.format and another form are given: leave one out")
         most = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
-        params = self.params(base, max_new_tokens=most, grammar=form or other)
+        longest = "max_tokens" if self.max_output_tokens is None else "max_output_tokens"
+        params = self.params(base, max_new_tokens=most, grammar=form or other, longest=longest)
         return ChatRequest(
             turns=with_instructions(turns_of(self.instructions, self.input), use),
             params=use.params(params),

@@ -1,11 +1,13 @@
 """Sampling options of OpenAI's protocols, with those that vLLM's clients add."""
 
+import re
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
+from lapilli.errors import GenerationError
 from lapilli.serve.errors import invalid
 
 MOST_STOPS = 64
@@ -58,12 +60,19 @@ class SamplingBody(BaseModel):
         logprobs: int | None = None,
         max_new_tokens: int | None = None,
         grammar: Grammar | None = None,
+        longest: str = "max_tokens",
     ) -> SamplingParams:
         """Return them as the engine's, with those that protocols name differently, over `base`.
 
+        Args:
+            base: options that count where the body says nothing.
+            logprobs: how many alternatives are reported.
+            max_new_tokens: the longest answer.
+            grammar: form of the answer.
+            longest: what the client calls the longest answer.
+
         Raises:
-            GenerationError: a value out of its bounds.
-            ApiError: a token of logit_bias that is none.
+            ApiError: a value out of its bounds, or a token of logit_bias that is none.
         """
         check_stops(self.stop, "stop")
         try:
@@ -78,16 +87,43 @@ class SamplingBody(BaseModel):
             "max_new_tokens": max_new_tokens,
             "grammar": grammar,
         }
-        return updated(base, options)
+        return updated(base, options, {"max_new_tokens": longest})
 
 
-def updated(base: SamplingParams, options: Mapping[str, object]) -> SamplingParams:
+def updated(
+    base: SamplingParams, options: Mapping[str, object], names: Mapping[str, str] | None = None
+) -> SamplingParams:
     """Return options over others; those that are None say nothing.
 
+    Args:
+        base: the others.
+        options: by their names in the engine.
+        names: what the client calls those that have another name there.
+
     Raises:
-        GenerationError: a value out of its bounds.
+        ApiError: a value out of its bounds, by the client's name of it.
+        GenerationError: options that contradict each other.
     """
-    return base.updated(**{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return base.updated(**given)
+    except GenerationError:
+        for name, value in given.items():
+            _check_option(base, name, value, (names or {}).get(name, name))
+        raise
+
+
+def _check_option(base: SamplingParams, name: str, value: object, said: str) -> None:
+    """Refuse one option that is wrong by itself.
+
+    Raises:
+        ApiError: it is; the message has the client's name of it, `said`.
+    """
+    try:
+        base.updated(**{name: value})
+    except GenerationError as error:
+        message = re.sub(rf"\b{name}\b", said, str(error))
+        raise invalid(message, said, code=type(error).__name__) from error
 
 
 def check_stops(given: object, where: str) -> None:

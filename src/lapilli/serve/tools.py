@@ -24,6 +24,8 @@ from lapilli.serve.service import Turn
 
 MOST_CALLS: Final = 8
 """Most calls of one answer that is forced to call."""
+MOST_NAMED: Final = 3
+"""Most schemas that a message names one by one."""
 ONE_LINE: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """How llguidance is to write JSON inside a grammar: as json.dumps does."""
 
@@ -147,7 +149,7 @@ def tool_use(
         if any(one.name == other.name for other in tools[:at]):
             raise invalid(f"{where}: {one.name!r} is declared twice", where)
         try:
-            Grammar.json_schema(one.parameters)
+            _schema_of(one)
         except GrammarError as error:
             raise invalid(f"{where}, {one.name}: {error}", where) from error
     known = [one.name for one in tools]
@@ -254,9 +256,18 @@ def _grammar(use: ToolUse, other: Grammar | None) -> Grammar:
         ends = json.dumps(f"}}\n{CLOSE}")
         rules.append(f"call_{at}: {begins} arguments_{at} {ends}")
         rules.append(f"arguments_{at}: {_json(_arguments(one))}")
+    parts = [_schema_of(one) for one in use.callable]
     if other is not None:
         rules.append(f"other: {_rule(other)}")
-    return Grammar.lark("\n".join(rules))
+        parts.append(other)
+    names = " and ".join(part.name for part in parts[:MOST_NAMED])
+    label = names if len(parts) <= MOST_NAMED else "one of the schemas of the tools"
+    return Grammar("lark", "\n".join(rules), label, tuple(parts))
+
+
+def _schema_of(tool: Tool) -> Grammar:
+    """Return the form of a tool's arguments, under a name that its author knows."""
+    return Grammar.json_schema(_arguments(tool), f"the schema of the tool {tool.name!r}")
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:

@@ -29,6 +29,11 @@ def router(service: KeepsFiles) -> APIRouter:
         file: UploadFile, http: Request, purpose: Annotated[str, Form()] = "vision"
     ) -> dict[str, object]:
         """Keep a picture, decoded at once, so that one that cannot be read is refused here."""
+        form = await http.form()  # the one that was read for the arguments, which have the last
+        for name in ("file", "purpose"):
+            count = len(form.getlist(name))
+            if count > 1:
+                raise invalid(f"{count} parts are called {name}: send one {name} a request", name)
         if purpose not in ("vision", "user_data"):
             raise invalid(f"purpose is {purpose!r}: expected vision", "purpose")
         data = await file.read()

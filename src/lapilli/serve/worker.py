@@ -3,6 +3,9 @@
 Answers are the prompt and all text so far, again and again, each ended by a zero byte. Source:
 LLaVA, llava/serve/model_worker.py; `lapilli.compat.serving` has its controller and worker as
 programs.
+
+`model` of a request is not looked at, as by the original's worker, which has one model: it is the
+controller that chooses a worker by it.
 """
 
 import json
@@ -13,6 +16,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from lapilli.serve.answers import Answers, Delta
+from lapilli.serve.media import NamedPart
+from lapilli.serve.sampling import updated
 from lapilli.serve.service import ChatRequest, Service
 from lapilli.serve.stream import guarded
 
@@ -56,16 +61,20 @@ def worker_request(body: WorkerBody, service: Service, owner: str) -> ChatReques
     """Return the internal request of a body.
 
     Raises:
-        GenerationError: a sampling option out of its bounds.
+        ApiError: a sampling option out of its bounds.
     """
-    params = service.options.sampling.updated(
+    options = {
         # As in the original, less than this is no temperature at all.
-        temperature=0.0 if body.temperature <= 0.001 else body.temperature,
-        top_p=body.top_p,
-        max_new_tokens=min(body.max_new_tokens, MOST_NEW_TOKENS),
-        stop=(body.stop,) if body.stop else (),
+        "temperature": 0.0 if body.temperature <= 0.001 else body.temperature,
+        "top_p": body.top_p,
+        "max_new_tokens": min(body.max_new_tokens, MOST_NEW_TOKENS),
+        "stop": (body.stop,) if body.stop else (),
+    }
+    params = updated(service.options.sampling, options)
+    images = tuple(
+        NamedPart({"image_url": image}, f"images[{at}]", "the picture in base64")
+        for at, image in enumerate(body.images or ())
     )
-    images = tuple({"image_url": image} for image in body.images or ())
     return ChatRequest(prompt=body.prompt, media=images, params=params, owner=owner)
 
 

@@ -267,14 +267,16 @@ def test_failing_model_fails_the_step_and_not_the_engine(model, tokenizer, monke
 
 
 def test_invalid_requests_are_refused(engine, model, tokenizer):
-    with pytest.raises(GenerationError, match=r"num_beams 3.*use generate"):
+    with pytest.raises(GenerationError, match=r"num_beams 3.*leave it at 1"):
         engine.submit(request_of([3], num_beams=3))
     with pytest.raises(GenerationError, match="no tokens"):
         engine.submit(request_of([]))
     with pytest.raises(MediaCountMismatchError, match="1 places for media but 0"):
         engine.submit(dataclasses.replace(request_of([picture(1)]), media=()))
     small = Engine(model, tokenizer, options=dataclasses.replace(SMALL, kv_bytes=1 << 12))
-    with pytest.raises(GenerationError, match=r"may take 52 tokens.*lower max_new_tokens"):
+    with pytest.raises(
+        GenerationError, match=r"the answer may have .*memory for .*a shorter answer"
+    ):
         small.submit(request_of([3, 4, 5], max_new_tokens=50))
     with pytest.raises(GenerationError, match="less than one block of 4 positions"):
         Engine(model, tokenizer, options=dataclasses.replace(SMALL, kv_bytes=10))

@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import nn
 
-from lapilli.errors import GenerationError, LapilliError, ModelFailedError
+from lapilli.errors import GenerationError, GrammarError, LapilliError, ModelFailedError
 from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch
 from lapilli.generate.engine.model_runner import ModelRunner
@@ -170,7 +170,7 @@ class EngineCore:
         for one in scheduled:
             row = one.sequence
             if row in failures:
-                self._fail(row, ModelFailedError(f"no token can be chosen: {failures[row]}"))
+                self._fail(row, _sampling_failure(failures[row]))
                 continue
             # After sampling all but the newest token is computed, rejected draft tokens apart.
             row.length = len(row.tokens) - 1 if row.is_decoding else row.length + one.count
@@ -247,6 +247,13 @@ def sample(
         except Exception as error:  # noqa: BLE001  NaN logits or a tokenizer fail one request alone
             failures[one.sequence] = error
     return failures
+
+
+def _sampling_failure(error: Exception) -> LapilliError:
+    """Return the error of a request that has no next token: its grammar's, or the model's."""
+    if isinstance(error, GrammarError):
+        return error
+    return ModelFailedError(f"no token can be chosen: {error}")
 
 
 def _sample_one(sampler: Sampler, one: ScheduledSequence, start: int) -> None:

@@ -156,8 +156,7 @@ class Engine:
         sequence = self._inputs.new_sequence(request, handle)
         if not self.scheduler.enter(sequence):
             raise BusyError(
-                f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
-                "EngineOptions(max_waiting=...)"
+                f"{self.num_waiting} requests are waiting, the limit (max_waiting): try again later"
             )
         return handle
 

@@ -209,9 +209,11 @@ class InputProcessor:
         )
         if self._pool.blocks_for(sequence.num_needed_positions) > self._pool.capacity:
             raise GenerationError(
-                f"prompt and answer may take {sequence.num_needed_positions} tokens, the engine "
-                f"has memory for {self._pool.capacity * self._pool.block_size}: lower "
-                f"max_new_tokens ({params.max_new_tokens}) or raise EngineOptions(kv_bytes=...)"
+                f"the prompt has {len(prompt.input_ids)} tokens and the answer may have "
+                f"{answer.limit}, the engine has memory for "
+                f"{self._pool.capacity * self._pool.block_size} in all: allow a shorter answer, "
+                "shorten the prompt, or give the engine more memory (kv_bytes; of a server "
+                "--cache-bytes)"
             )
         return sequence
 
@@ -227,7 +229,7 @@ class InputProcessor:
             )
         if params.num_beams > 1:
             raise GenerationError(
-                f"num_beams {params.num_beams}: the engine does not search by beams, use generate()"
+                f"num_beams {params.num_beams}: the engine does not search by beams, leave it at 1"
             )
         check_logit_bias(params, self._config.vocab_size)
         if not is_whole(request.priority):

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import re
 import struct
 import threading
 import warnings
@@ -126,7 +127,7 @@ def to_rgb(
         shows people lying on their side and white sheets; `exif=False, depth="clip"` is what the
         original does.
     """
-    with _named(name), _warnings_of_pillow.kept_quiet():
+    with _named(name, min(max_pixels, MAX_PIXELS)), _warnings_of_pillow.kept_quiet():
         if isinstance(source, np.ndarray):
             image = _from_array(source, name)
         elif isinstance(source, Image.Image):
@@ -257,7 +258,7 @@ def _check_size(
     if pixels > max_pixels:
         raise MediaTooLargeError(
             f"{name} has {image.width}x{image.height} = {pixels} pixels, more "
-            f"than the limit of {max_pixels}: shrink it, or raise max_pixels if you trust it"
+            f"than the limit of {max_pixels}: shrink it"
         )
     needed = pixels * _bytes_per_pixel(image, exif=exif) + _BYTES_PER_SIDE * max(image.size)
     check_bytes(needed, f"{name} ({image.width}x{image.height})", "decoding", max_bytes)
@@ -319,16 +320,18 @@ def _looks_like(encoded: bytes) -> str:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into one error that names the picture."""
+def _named(name: str, most: int) -> Iterator[None]:
+    """Turn whatever Pillow raises into one error that names the picture; `most`: its pixels."""
     try:
         yield
     except MediaError:
         raise
     except Image.DecompressionBombError as error:
-        # Pillow says how many pixels the file declares, and how many it reads.
+        # Pillow says how many pixels the file declares, and then a limit of its own.
+        count = re.search(r"\d+", str(error))
+        pixels = "too many pixels" if count is None else f"{count[0]} pixels"
         raise MediaTooLargeError(
-            f"{name} is too large to be unpacked safely: {error} Shrink it."
+            f"{name} has {pixels}, more than the limit of {most}: shrink it"
         ) from error
     except MemoryError as error:
         raise MediaError(f"{name} takes more memory than there is: shrink it") from error
