@@ -47,9 +47,8 @@ AFTER_SHOP: Final = """
 *Positions* are those of the item, without the question behind it that all have. Operations and
 items a second are those of an item behind a query that was read; speeds are of one run, in turns,
 on one core: read the ratios. A grade is a sum, which the cosine of two vectors can be. Texts are
-short; MixLM's have 900 tokens. The parts were trained in several sittings, some by scripts that
-call this program's functions with these settings, and kept in its `--work`; the program has not
-trained all of them in one run yet, and the seconds of each are its own.
+short; MixLM's have 900 tokens. All of this was one run of the command on a
+machine with much other work on it; Cranfield's part ran beside it, on the other core.
 """
 VALIDATION: Final = """
 Choices were made on another draw of items and queries, on which the text ranker has {teacher:.3f},

@@ -158,5 +158,5 @@ def test_keys_of_the_command_line_may_have_limits(monkeypatch):
 
 
 def test_beams_are_refused_before_a_request_asks_for_them():
-    with pytest.raises(ConfigError, match="num_beams 4: a server answers by its engine"):
+    with pytest.raises(ConfigError, match="a server does not search by beams"):
         ServeOptions(sampling=SamplingParams(num_beams=4))
