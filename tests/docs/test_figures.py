@@ -99,16 +99,32 @@ def test_hours_for_a_million_pictures() -> None:
         assert peak == f"{found['many_peak_bytes'] / 1e9:.1f}"
 
 
+TIMES = "llama-server's time"
+
+
 def test_what_the_server_bears() -> None:
     guide = (REPOSITORY / "docs/guide/serve.md").read_text("utf-8")
     path = REPOSITORY / "benchmarks/results/serve.json"
     measured = json.loads(path.read_text("utf-8"))
     load, ratio = measured["load"], measured["beside_the_engine"]["ratio"]
+    health = measured["health"]
+    of_larger, peers = (
+        json.loads((path.parent / name).read_text("utf-8"))
+        for name in ("serve-S.json", "serve-peers.json")
+    )
+    ratios = peers["eight"]["ratios"]
     for said in (
-        f"{load['requests']} answers, {load['errors']} errors, {load['wrong']} wrong",
+        f"{load['requests']:,} answers, {load['errors']} errors, {load['wrong']} wrong",
         f"{load['grown_mib']:.1f} MiB",
         f"every {load['gap_median_ms']:.1f} ms (median) and within {load['gap_p99_ms']:.1f} ms",
         f"ready after {load['ready_s']:.1f} s",
-        f"had {ratio:.2f} of the tokens",
+        f"within {health['p99_ms']:.0f} ms\nfor 99 of 100 (median {health['median_ms']:.1f} ms)",
+        f"have {of_larger['beside_the_engine']['ratio']:.2f} of the tokens",
+        f"and {ratio:.2f} with pebble",
+        f"{ratios['llama-server'][0]:.1f} times\nthe tokens a second of llama.cpp's",
+        f"and {ratios['transformers serve'][0]:.1f} times those of `transformers serve`",
+        f"took {peers['decisions']['400']:.0f} s",
+        f"{peers['decisions'][TIMES]:.1f} times as long",
+        f"That is {peers['decisions']['of one question and 400 steps']:.1f} times",
     ):
         assert said in guide, said

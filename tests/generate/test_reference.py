@@ -270,7 +270,7 @@ def test_answers_end_with_the_context(model, tokenizer, fused: Fused):
     assert (len(answer.token_ids), answer.finish_reason) == (4, "length")
     with pytest.raises(ContextTooLongError, match=r"row 1 has 64 tokens.* may have 64: shorten"):
         generate(model, fused([1], [1] * 64), params, tokenizer=tokenizer)
-    with pytest.raises(ContextTooLongError, match=r"row 0 has 9 tokens, .* may have 9"):
+    with pytest.raises(ContextTooLongError, match=r"the prompt has 9 tokens, .* may have 9"):
         stream(model, fused([1] * 9), params, tokenizer=tokenizer, context_length=9)
 
 

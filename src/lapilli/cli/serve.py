@@ -166,9 +166,9 @@ def serve(
             loader, options, ready, replicas=replicas, cores=cores, device=how.device, rows=rows
         )
         return
-    taken = bind(options)  # a port that is taken is said before a model is loaded
-    run = _runner("run", "lapilli.serve.run")
-    run(how.load(open_stores(store or []), **limits), options, ready, taken)
+    with bind(options) as taken:  # a port that is taken is said before a model is loaded
+        run = _runner("run", "lapilli.serve.run")
+        run(how.load(open_stores(store or []), **limits), options, ready, taken)
 
 
 def _runner(name: str, module: str) -> Any:  # noqa: ANN401  a function, imported where needed

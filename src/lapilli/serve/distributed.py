@@ -184,25 +184,25 @@ def run_distributed(
         ConfigError: Ray is not there or has no room, or the address cannot be listened on.
         GenerationError: the replicas do not start.
     """
-    taken = bind(options)
-    ray = connect("--engine ray needs Ray", "leave --engine out")
-    share = share_of(ray, cores=cores, device=device)
-    check_room(ray, share, replicas)
-    behind = replace(options, keys=(), without_key=True)
+    with bind(options) as taken:  # a port that is taken is said before anything is started
+        ray = connect("--engine ray needs Ray", "leave --engine out")
+        share = share_of(ray, cores=cores, device=device)
+        check_room(ray, share, replicas)
+        behind = replace(options, keys=(), without_key=True)
 
-    def start() -> "DeploymentHandle[Replica]":
-        return deploy(make, behind, replicas=replicas, share=share, rows=rows)
+        def start() -> "DeploymentHandle[Replica]":
+            return deploy(make, behind, replicas=replicas, share=share, rows=rows)
 
-    front = Front(start(), options)
+        front = Front(start(), options)
 
-    def restart(*_: object) -> None:
-        threading.Thread(target=start, name="lapilli-restart", daemon=True).start()
+        def restart(*_: object) -> None:
+            threading.Thread(target=start, name="lapilli-restart", daemon=True).start()
 
-    if hasattr(signal, "SIGHUP"):  # Windows has none
-        signal.signal(signal.SIGHUP, restart)
-    try:
-        run_app(front_app(front, options), options, ready, taken)
-    finally:
-        from ray import serve
+        if hasattr(signal, "SIGHUP"):  # Windows has none
+            signal.signal(signal.SIGHUP, restart)
+        try:
+            run_app(front_app(front, options), options, ready, taken)
+        finally:
+            from ray import serve
 
-        serve.delete(NAME)
+            serve.delete(NAME)
