@@ -36,6 +36,9 @@ EXIT_BAD_INPUT = 2
 PLACEHOLDER = "<image>"
 STAYED_TEXT = f"{PLACEHOLDER} in the question stays text: the pictures stand before the question"
 
+ModelSource = Annotated[
+    str, typer.Option("--model", "-m", help="A directory, a hub id, or pebble.")
+]
 Base = Annotated[
     str | None,
     typer.Option(help="The language model under a LoRA or a projector-only checkpoint."),
@@ -107,9 +110,7 @@ class ChatOptions:
         GenerationError: a wrong sampling option or schema, found before a model is loaded.
     """
 
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A directory, a hub id, or pebble.")
-    ] = "pebble"
+    model: ModelSource = "pebble"
     base: Base = None
     adapter: Adapter = None
     template: Template = None
@@ -187,9 +188,7 @@ class ChatOptions:
 class ModelOptions:
     """Options of the commands that load a model and have it write nothing."""
 
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A directory, a hub id, or pebble.")
-    ] = "pebble"
+    model: ModelSource = "pebble"
     base: Base = None
     adapter: Adapter = None
     template: Template = None

@@ -50,7 +50,7 @@ class SamplingBody(BaseModel):
 
     @property
     def reports_usage(self) -> bool:
-        """Whether a stream ends with the counts of tokens."""
+        """Return whether a stream ends with the counts of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def params(

@@ -125,7 +125,7 @@ class _Report:
 
     @property
     def allowed(self) -> str:
-        """What would be right, as "a text"; "" where the error is of another kind."""
+        """Return what would be right, as "a text"; "" where the error is of another kind."""
         if self.kind == "literal_error":
             return str(self.context.get("expected", ""))
         if "UploadFile" in self.words:
@@ -151,7 +151,7 @@ class _Fault:
 
     @property
     def depth(self) -> tuple[list[int], int]:
-        """How far the reading came: a later item of a list, then a deeper one."""
+        """Return how far the reading came: a later item of a list, then a deeper one."""
         return [step if isinstance(step, int) else 0 for step in self.path], len(self.path)
 
     def message(self, name: str) -> str:
