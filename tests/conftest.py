@@ -1,8 +1,10 @@
 """What every test shares: shape checks on, one thread, and where the golden numbers lie."""
 
 import gc
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -62,3 +64,14 @@ def conformance() -> Path:
         if (place / "cases").is_dir():
             return place
     pytest.skip(f"no golden numbers in {', '.join(map(str, places))}")
+
+
+@pytest.fixture(scope="session")
+def maker(conformance: Path) -> ModuleType:
+    """make_checkpoint.py of the golden numbers, which writes their checkpoints."""
+    spec = importlib.util.spec_from_file_location("maker", conformance / "make_checkpoint.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,10 +1,10 @@
 """Chat on golden checkpoints: conversations, features, batches, refusals."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -32,11 +32,10 @@ FEW = {"max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def paths(conformance: Path, tmp_path_factory) -> Callable[[str], dict[str, str]]:
+def paths(
+    conformance: Path, maker: ModuleType, tmp_path_factory
+) -> Callable[[str], dict[str, str]]:
     """Paths of a golden checkpoint, made when it is first asked for."""
-    spec = importlib.util.spec_from_file_location("maker", conformance / "make_checkpoint.py")
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
     made: dict[str, dict[str, str]] = {}
 
     def make(variant: str) -> dict[str, str]:

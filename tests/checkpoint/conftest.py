@@ -1,20 +1,9 @@
 """Checkpoints of the golden numbers, made once per session by the program that made them first."""
 
-import importlib.util
 import json
 import os
-from types import ModuleType
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def maker(conformance) -> ModuleType:
-    """make_checkpoint.py of the conformance directory."""
-    spec = importlib.util.spec_from_file_location("maker", conformance / "make_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

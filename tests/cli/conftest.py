@@ -1,12 +1,12 @@
 """A tiny random checkpoint in the original layout, and the program as a process."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,12 +16,9 @@ PROGRAM = Path(sys.executable).parent / "lapilli"
 
 
 @pytest.fixture(scope="session")
-def checkpoint(conformance: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    spec = importlib.util.spec_from_file_location("maker", conformance / "make_checkpoint.py")
-    assert spec is not None
-    assert spec.loader is not None
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+def checkpoint(
+    conformance: Path, maker: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     wanted = conformance / "cases" / "open" / "llava-v1.5-tiny-pad" / "spec.json"
     made = maker.build(json.loads(wanted.read_text("utf-8")), str(tmp_path_factory.mktemp("cli")))
     return str(made["model_path"])

@@ -1,9 +1,9 @@
 """`detail` of a picture: "low" is the whole picture in one tile, where a model has several."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
@@ -16,13 +16,10 @@ URI = data_uri(picture("red", 200))
 
 
 @pytest.fixture(scope="module")
-def tiled(conformance: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def tiled(
+    conformance: Path, maker: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
     """A server of a tiny random model of the kind of LLaVA 1.6."""
-    spec = importlib.util.spec_from_file_location("maker", conformance / "make_checkpoint.py")
-    assert spec is not None
-    assert spec.loader is not None
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
     wanted = conformance / "cases" / "open" / "llava-v1.6-vicuna-tiny-336" / "spec.json"
     made = maker.build(json.loads(wanted.read_text("utf-8")), str(tmp_path_factory.mktemp("m")))
     with serving(lapilli.load(str(made["model_path"]))) as client:
