@@ -10,7 +10,7 @@ from torch import nn
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
 from lapilli.train.trainer.loop import Loss
 from lapilli.train.trainer.metrics import RunLog
-from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
+from tests.checkpoint.conftest import golden  # noqa: F401  fixture
 
 
 @dataclass
