@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -44,12 +44,13 @@ class Workers:
     def start(self, name: str, work: Callable[..., Any], *given: object, seed: int = 0) -> Result:
         """Begin a piece of work, and return what waits for its result."""
         known = [name, seed, *map(_decides, given)]
-        digest = sha256(repr(known).encode()).hexdigest()[:16]
-        begun = partial(_kept_work, self._kept / f"{digest}.pickle", work, *given, seed=seed)
+        path = self._kept / f"{sha256(repr(known).encode()).hexdigest()[:16]}.pickle"
+        begun = partial(_do, path, work, *given, seed=seed)
         ends = begun if self._pool is None else self._pool.submit(begun).result
 
         def result() -> Any:  # noqa: ANN401  whatever the work returns
-            found, seconds = ends()
+            ends()
+            found, seconds = pickle.loads(path.read_bytes())  # noqa: S301  our own file
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             return found
 
@@ -72,16 +73,17 @@ def _decides(given: object) -> object:
     return (given.num_films, len(given.split.train)) if isinstance(given, Movies) else given
 
 
-def _kept_work(
-    path: Path, work: Callable[..., Any], *given: object, seed: int
-) -> tuple[Any, float]:
-    """Return what work finds and the processor's seconds; from a file where it was done before."""
+def _do(path: Path, work: Callable[..., Any], *given: object, seed: int) -> None:
+    """Write what work finds and the processor's seconds into a file, unless it is there.
+
+    What is found comes back by this file alone: torch hands tensors to another process by the
+    descriptor of their memory, and weights that are mapped from a checkpoint have none.
+    """
     if path.is_file():
-        return cast("tuple[Any, float]", pickle.loads(path.read_bytes()))  # noqa: S301  our own file
+        return
     started = time.process_time()
     found = work(*given, seed=seed), time.process_time() - started
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")
     whole.write_bytes(pickle.dumps(found))
     whole.replace(path)
-    return found
