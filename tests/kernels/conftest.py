@@ -8,7 +8,7 @@ import torch
 from lapilli.errors import ConfigError
 from lapilli.kernels.library import Library, open_library
 
-ALL = ("portable", "avx2", "avxvnni", "avx512vnni", "neon", "neondot")
+ALL = ("portable", "avx2", "avxvnni", "avx512vnni", "amxint8", "neon", "neondot")
 
 
 @pytest.fixture(params=ALL)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lapilli.errors import ConfigError
-from lapilli.kernels.library import Library, native
+from lapilli.kernels.library import Library, native, open_library
 from lapilli.kernels.linear import (
     PackedLinear,
     dense,
@@ -68,7 +68,7 @@ def one(
 
 
 shapes = st.tuples(
-    st.one_of(st.integers(1, 14), st.sampled_from((16, 23, 24, 25, 61))),  # tokens
+    st.one_of(st.integers(1, 14), st.sampled_from((16, 23, 24, 25, 47, 48, 61))),  # tokens
     st.one_of(st.integers(1, 300), st.sampled_from((32, 64, 128, 256))),  # inputs
     st.one_of(st.integers(1, 80), st.sampled_from((16, 48, 96))),  # outputs
 )
@@ -337,3 +337,33 @@ def test_the_default_dtype_of_a_program_does_not_count() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_add_what_vectors_add(kind: str, group: int) -> None:
+    """Sums of bytes are exact: only levels, summed over groups and not over spans, are rounded."""
+    try:
+        open_library("amxint8")
+    except ConfigError:
+        pytest.skip("no amxint8 here")
+    found: dict[str, list[torch.Tensor]] = {}
+    for name in ("amxint8", "avx512vnni"):
+        library = open_library(name)
+        if library is None:
+            pytest.skip("nothing was compiled")
+        for tokens, inputs, outputs in (
+            (24, 128, 16),
+            (47, 300, 33),
+            (96, 1088, 80),
+            (129, 640, 5),
+        ):
+            packed = packed_weight(kind, (outputs, inputs), group=group, bias=True, seed=tokens)
+            x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens))
+            found.setdefault(name, []).append(one(library, x, packed))
+    open_library()
+    for tiles, vectors in zip(found["amxint8"], found["avx512vnni"], strict=True):
+        if kind == "nonlinear":
+            assert_close(tiles, vectors.double())
+        else:
+            assert torch.equal(tiles, vectors)

@@ -2,7 +2,7 @@
 
     native() -> Library | None      None: not compiled, not for this CPU, or LAPILLI_KERNELS=0
 
-LAPILLI_KERNELS may also name an instruction set (avx512vnni, avxvnni, avx2, neondot, neon,
+LAPILLI_KERNELS may also name an instruction set (amxint8, avx512vnni, avxvnni, avx2, neondot, neon,
 portable). It is read here and not in the command line, because a switch for finding errors must
 work in every program.
 

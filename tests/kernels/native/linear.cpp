@@ -208,7 +208,7 @@ void check_unusual(const Library& library, Report& report, const Shape& shape, b
 
 void check_linear(const Library& library, Report& report) {
   Random random(1);
-  const int64_t many[] = {12, 23, 24, 25, 41};
+  const int64_t many[] = {12, 23, 24, 25, 41, 49};
   for (const int64_t group : {32, 64, 128}) {
     for (const int kind : {0, 1, 2, 3}) {
       for (const bool weight_only : {false, true}) {
@@ -219,7 +219,7 @@ void check_linear(const Library& library, Report& report) {
           shape.rows = i % 4 ? random.integer(1, 80) : 16 * random.integer(1, 4);
           shape.inputs = i % 3 ? random.integer(1, 300) : 32 * random.integer(1, 9);
           shape.bias = random.integer(0, 1) == 1;
-          const int64_t tokens = i < 8 ? i + 1 : many[random.integer(0, 4)];
+          const int64_t tokens = i < 8 ? i + 1 : many[random.integer(0, 5)];
           check_shape(library, report, shape, tokens, weight_only, random);
         }
       }

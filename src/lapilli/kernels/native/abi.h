@@ -325,6 +325,7 @@ extern const Table kPortable;
 extern const Table kAvx2;
 extern const Table kAvxVnni;
 extern const Table kAvx512;
+extern const Table kAmx;
 extern const Table kNeon;
 extern const Table kNeonDot;
 

@@ -11,6 +11,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(LAPILLI_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(LAPILLI_ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -117,6 +121,17 @@ namespace {
 
 constexpr int64_t kKeep = 8 << 20;  // scratch above this is given back after a call
 
+#if defined(LAPILLI_AMX)
+// Whether the CPU has tiles of bytes and the kernel lets this process use them, which it has to be asked.
+bool may_use_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux, and the state of the tiles
+  constexpr unsigned kTiles = 1u << 24, kTileBytes = 1u << 25;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kTileBytes);
+  return has && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 bool supported(const Table* table) {
 #if defined(__x86_64__)
   if (table == &kPortable) return true;
@@ -134,6 +149,9 @@ bool supported(const Table* table) {
     return avx2 && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   }
+#if defined(LAPILLI_AMX)
+  if (table == &kAmx) return supported(&kAvx512) && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
+#endif
 #endif
   return false;
 #elif defined(LAPILLI_ARM)
@@ -152,6 +170,9 @@ bool supported(const Table* table) {
 }
 
 const Table* const kTables[] = {
+#if defined(LAPILLI_AMX)
+    &kAmx,
+#endif
 #if defined(LAPILLI_X86)
     &kAvx512, &kAvxVnni, &kAvx2,
 #elif defined(LAPILLI_ARM)
@@ -164,6 +185,9 @@ const Table* g_table = nullptr;
 
 // Whether the layer of a tower may use products of bfloat16.
 bool has_pairs() {
+#if defined(LAPILLI_AMX)
+  if (g_table == &kAmx) return true;
+#endif
 #if defined(LAPILLI_X86)
   return g_table == &kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
@@ -246,7 +270,7 @@ __attribute__((visibility("default"))) void lapilli_round_levels(const lapilli::
 __attribute__((visibility("default"))) void lapilli_tower(const lapilli::TowerCall* call) {
   using namespace lapilli;
 #if defined(LAPILLI_X86)
-  if (has_pairs()) return tower_avx512bf16(*call);
+  if (g_table == &kAvx512 && has_pairs()) return tower_avx512bf16(*call);
 #endif
   g_table->tower(*call);
 }

@@ -2,9 +2,13 @@
 //
 //   few tokens    packed weights straight from memory, one pass
 //   many tokens   the nibbles of a few rows are unpacked once into the cache, then met by every tile
+//   tiles         many tokens where the CPU has them: matrix.h
 //   weight only   the same rows as floats, a piece of the inputs at a time
 #pragma once
 
+#include <type_traits>
+
+#include "matrix.h"
 #include "tile.h"
 
 namespace lapilli {
@@ -369,12 +373,28 @@ void share_out(const LinearCall* calls, int64_t count, const Activations& a) {
   });
 }
 
+template <class S, class = void>
+constexpr bool kHasTiles = false;
+template <class S>
+constexpr bool kHasTiles<S, std::enable_if_t<(S::kMatrixFrom > 0)>> = true;
+
+// Whether tiles are faster: for a few tens of tokens, more where weights are two bytes, and never for groups that
+// fill half of a tile.
+template <class S>
+bool takes_tiles(const LinearCall& call) {
+  const int64_t from = S::kMatrixFrom * (call.weights.span_scales != nullptr ? 2 : 1);
+  return call.tokens >= from && call.weights.group >= kTileInputs && !call.weight_only;
+}
+
 // Some calls with the same activations, of weights that are packed alike: those are rounded once, and
 // the rows of all weights are shared out together.
 template <class S>
 void linear(const LinearCall* calls, int64_t count) {
   static thread_local Scratch scratch;
   if (calls[0].tokens == 0) return;
+  if constexpr (kHasTiles<S>) {
+    if (takes_tiles<S>(calls[0])) return matrix<S>(calls, count);
+  }
   const Activations a = prepare<S>(calls[0], scratch);
   // One block of rows at a time: one stream from memory is faster than two.
   calls[0].tokens <= S::kFew ? share_out<S, kBlock / S::kLanes>(calls, count, a)
