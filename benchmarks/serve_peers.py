@@ -7,7 +7,8 @@
     transformers serve   the checkpoint as it is: one answer after the other, which is all it does
 
     eight at once   requests about new pictures, 64 tokens each: tokens a second, reading included
-    decisions       400 questions about one picture: one call, beside 400 requests to llama-server
+    decisions       400 questions about one picture: one call, beside 400 requests to llama-server;
+                    "unlike": the same questions numbered, so that none begins as another
 
 The model is that of `make bench`: random weights of a real shape (README.md). Servers take turns in
 one run, all stay loaded, and only the one that is asked computes. Read the ratios.
@@ -253,6 +254,8 @@ def decisions(addresses: dict[str, str], rounds: int) -> dict[str, Any]:
         new = 10_000 + 10 * turn
         timed("one", decide, ours, picture(new), questions[:1])
         timed("400", decide, ours, picture(new + 1), questions)
+        unlike = [f"{number}. {question}" for number, question in enumerate(questions, 1)]
+        timed("400 unlike", decide, ours, picture(new + 3), unlike)
         known = picture(new + 1)
         ask(OURS, ours, asked(known, QUESTION, 1))  # from here on its prompt is known
         timed("step x 0", ask, OURS, ours, asked(known, QUESTION, 1))
@@ -262,9 +265,13 @@ def decisions(addresses: dict[str, str], rounds: int) -> dict[str, Any]:
             timed("400 requests to llama-server", ask_all, LLAMA, theirs, bodies)
     found: dict[str, Any] = {name: statistics.median(times) for name, times in spent.items()}
     found["a step"] = (found["step x 64"] - found["step x 0"]) / 64
-    found["of one question and 400 steps"] = found["400"] / (found["one"] + 400 * found["a step"])
+    steps = found["one"] + 400 * found["a step"]
+    found["of one question and 400 steps"] = found["400"] / steps
+    found["of one question and 400 steps, unlike"] = found["400 unlike"] / steps
     if theirs:
-        found["llama-server's time"] = found["400 requests to llama-server"] / found["400"]
+        requests = found["400 requests to llama-server"]
+        found["llama-server's time"] = requests / found["400"]
+        found["llama-server's time, unlike"] = requests / found["400 unlike"]
     return found
 
 

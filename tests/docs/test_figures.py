@@ -126,5 +126,8 @@ def test_what_the_server_bears() -> None:
         f"took {peers['decisions']['400']:.0f} s",
         f"{peers['decisions'][TIMES]:.1f} times as long",
         f"That is {peers['decisions']['of one question and 400 steps']:.1f} times",
+        f"they took {peers['decisions']['400 unlike']:.0f} s: "
+        f"{peers['decisions']['of one question and 400 steps, unlike']:.1f} times that",
+        f"`llama-server` {peers['decisions'][TIMES + ', unlike']:.1f} times as long",
     ):
         assert said in guide, said

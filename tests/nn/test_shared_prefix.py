@@ -21,12 +21,19 @@ def cases(draw) -> dict:
     groups = draw(st.sampled_from([1, 2, 3]))
     heads = groups * draw(st.sampled_from([1, 2, 3]))
     slopes = draw(st.booleans())
+    lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=9))
+    # In any order: a parent is any sequence of which this one is none.
+    order = draw(st.permutations(range(len(lengths))))
+    parents = [-1] * len(lengths)
+    for at, number in enumerate(order):
+        parents[number] = draw(st.sampled_from([-1, *order[:at]]))
     return {
         "seed": draw(st.integers(0, 10**6)),
         "groups": groups,
         "heads": heads,
         "past": draw(st.integers(1, 20)),
-        "lengths": draw(st.lists(st.integers(1, 7), min_size=1, max_size=9)),
+        "lengths": lengths,
+        "parents": draw(st.sampled_from([None, parents])),
         "window": None if slopes else draw(st.none() | st.integers(1, 30)),
         "slopes": torch.rand(heads) if slopes else None,
         "softcap": draw(st.none() | st.just(0.7)),
@@ -41,12 +48,13 @@ def attend_both(case: dict, dtype: torch.dtype = torch.float32) -> tuple[torch.T
     q = torch.randn(1, case["heads"], new, WIDTH).to(dtype)
     k, v = torch.randn(2, 1, case["groups"], new, WIDTH).to(dtype)
     options = {name: case[name] for name in ("window", "slopes", "softcap")} | {"scale": SCALE}
-    found = SharedPrefix(prefix, case["lengths"]).attend(1, q, k, v, **options)
-    return found, attend_reference(q, k, v, tuple(prefix[:, 1]), case["lengths"], **options)
+    family = case["lengths"], case.get("parents")
+    found = SharedPrefix(prefix, *family).attend(1, q, k, v, **options)
+    return found, attend_reference(q, k, v, tuple(prefix[:, 1]), *family, **options)
 
 
 @given(cases(), st.booleans(), st.booleans())
-def test_attention_is_that_of_a_block_diagonal_mask(case, is_long, is_split):
+def test_attention_is_that_of_a_mask_over_everything(case, is_long, is_split):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix, "LONG", 1 if is_long else 100)
         patch.setattr(shared_prefix, "CACHED_BYTES", 1000 if is_split else 1 << 20)

@@ -149,9 +149,14 @@ def test_a_passes_positions_are_bounded(llama, monkeypatch):
         return forward(self, inputs_embeds, **options)
 
     monkeypatch.setattr(type(llama.language_model), "forward", watched)
-    suffixes = [piece(*range(1, length + 1)) for length in (3, 4, 9, 2, 2, 2, 5)]
+    lengths = (3, 4, 9, 2, 2, 2, 5)
+    suffixes = [piece(at, *range(8, length + 7)) for at, length in enumerate(lengths)]
     list(SuffixScorer(llama, max_tokens=7).logits(piece(1, 2), suffixes, LABELS))
     assert sizes == [2, 7, 9, 6, 5]  # the prefix, then chunks in order; a longer one is alone
+    sizes.clear()
+    suffixes = [piece(*range(1, length + 1)) for length in lengths]
+    list(SuffixScorer(llama, max_tokens=7).logits(piece(1, 2), suffixes, LABELS))
+    assert sizes == [2, 4, 9, 5]  # what begins alike is read once
 
 
 def test_suffixes_are_taken_as_there_is_room(llama):

@@ -4,6 +4,8 @@ r"""Decisions: many questions about one input, which is read once, answered by p
     questions  "\nIs it red? Answer yes or no. ASSISTANT:"      packed behind it, one pass
     labels     yes no | A B C | 01 02 ...             labels.py: logits -> probabilities
 
+Labels of several tokens are read behind their question, which the scorer has once for all of them.
+
 The conversation is rendered by the model's own template and cut where a question begins, so that a
 question about a picture has the tokens that it has when it is asked. Every answer is the one that
 the question has alone, up to the rounding of floats. Knows questions and prompts; must not know how
@@ -14,7 +16,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from lapilli.config.reader import shown
 from lapilli.errors import ContextTooLongError, PromptError
@@ -76,18 +78,6 @@ class _Asked:
         skip = len(self.tree.lead)
         return {path: join([self.piece, _tokens(path[skip:])]) for path in self.tree.nodes}
 
-    def is_cheaper_apart(self, prefix_length: int) -> bool:
-        """Return whether reading prefix and question once more saves positions.
-
-        So it is where labels have several tokens and the question is long: each node of the labels
-        would repeat it.
-        """
-        ends = [span.start + span.length for span in self.piece.encoded.spans]
-        if len(self.piece.encoded) in ends or len(self.piece.encoded) < 2:
-            return False  # nothing of the end can be left for the suffixes
-        num_nodes, length = len(self.tree.nodes), len(self.piece.encoded)
-        return num_nodes * length > prefix_length + length + num_nodes
-
 
 class Decider:
     """Answers questions with one model, for any number of threads.
@@ -105,7 +95,6 @@ class Decider:
         self._chat = chat
         self._without_media = without_media
         self._scorer = SuffixScorer(chat.model, prefix_bytes=prefix_bytes)
-        self._apart = SuffixScorer(chat.model, prefix_bytes=0)
 
     def decide(
         self, given: object, questions: Sequence[Question], wording: Wording | None = None
@@ -119,27 +108,23 @@ class Decider:
             for number, question in enumerate(questions)
         ]
         prefix = frame.prefix
-        ways = [self._way(one, prefix) for one in asked]
         kept: list[bool] = []
-        packed = [one for one, way in zip(asked, ways, strict=True) if way == "packed"]
-        logits = self._read_packed(prefix, packed, kept)
+        logits = self._read(prefix, [one for one in asked if self._is_answered(one, prefix)], kept)
         answers: list[Answer] = []
-        for one, way in zip(asked, ways, strict=True):
-            if way == "refused":
+        for one in asked:
+            if not self._is_answered(one, prefix):
                 answers.append(Refusal(self._without_media + _hint(given), one.question.name))
                 continue
-            found = next(logits) if way == "packed" else self._read_apart(prefix, one)
-            answers.append(_answer(one.question, one.tree.probabilities(found)))
+            answers.append(_answer(one.question, one.tree.probabilities(next(logits))))
         shared = len(prefix.encoded)
         read = shared + sum(len(one.piece.encoded) for one in asked)
         return Decisions(tuple(answers), read, shared if any(kept) else 0, shared)
 
-    def _way(self, asked: _Asked, prefix: ProcessedPrompt) -> Literal["packed", "apart", "refused"]:
-        if self._without_media and not (asked.piece.encoded.spans or prefix.encoded.spans):
-            return "refused"
-        return "apart" if asked.is_cheaper_apart(len(prefix.encoded)) else "packed"
+    def _is_answered(self, asked: _Asked, prefix: ProcessedPrompt) -> bool:
+        """Return whether the checkpoint has more to say than its sentence for no picture."""
+        return not self._without_media or bool(asked.piece.encoded.spans or prefix.encoded.spans)
 
-    def _read_packed(
+    def _read(
         self, prefix: ProcessedPrompt, asked: Sequence[_Asked], kept: list[bool]
     ) -> Iterator[dict[Path, Float[Tensor, " k"]]]:
         """Yield the logits of every node of every question, all packed behind the prefix."""
@@ -152,22 +137,6 @@ class Decider:
                 path: next(rows)[[column[token] for token in tokens]]
                 for path, tokens in one.tree.nodes.items()
             }
-
-    def _read_apart(
-        self, prefix: ProcessedPrompt, asked: _Asked
-    ) -> dict[Path, Float[Tensor, " k"]]:
-        """Return the logits of every node of a question, read once more behind the prefix."""
-        nodes = asked.tree.nodes
-        ids = sorted({token for some in nodes.values() for token in some})
-        column = {token: at for at, token in enumerate(ids)}
-        before, last = _without_last(asked.piece)
-        skip = len(asked.tree.lead)
-        suffixes = [_tokens((last, *path[skip:])) for path in nodes]
-        rows = self._apart.logits(join([prefix, before]), suffixes, ids)
-        return {
-            path: row[[column[token] for token in nodes[path]]]
-            for path, row in zip(nodes, rows, strict=True)
-        }
 
     def _frame(self, messages: Sequence[Message]) -> _Frame:
         chat, marks = self._chat, Marks()
@@ -313,13 +282,6 @@ def _answer(question: Question, shares: tuple[float, ...]) -> Answer:
 
 def _tokens(ids: Sequence[int]) -> ProcessedPrompt:
     return ProcessedPrompt(EncodedPrompt(list(ids), [False] * len(ids)), ())
-
-
-def _without_last(piece: ProcessedPrompt) -> tuple[ProcessedPrompt, int]:
-    """Return a piece without its last token, which is text, and that token."""
-    encoded = piece.encoded
-    shorter = replace(encoded, input_ids=encoded.input_ids[:-1], loss_mask=encoded.loss_mask[:-1])
-    return ProcessedPrompt(shorter, piece.media), encoded.input_ids[-1]
 
 
 def _is_white(segment: Segment) -> bool:

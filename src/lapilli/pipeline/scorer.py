@@ -1,7 +1,7 @@
 """Many short suffixes after one prefix, in as few passes as fit, read at their last position.
 
     prefix    read once -> keys and values, kept by content and version of the weights
-    suffixes  -> chunks of at most `max_tokens` positions, by length within a chunk
+    suffixes  -> chunks of at most `max_tokens` positions, in which what begins alike stands once
     a chunk   one flat row, `SharedPrefix` as its cache -> hidden states of the last positions
               read(hidden [n, D]) -> values [n, L]: logits of labels, or those of a head
 
@@ -25,6 +25,7 @@ from lapilli.lm import Memory
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.shared_prefix import SharedPrefix
 from lapilli.pipeline.backend import ProcessedPrompt
+from lapilli.pipeline.prefix_tree import new_positions, prefix_tree
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.guard import check_work
 from lapilli.shapes import Float, Int, Tensor
@@ -159,12 +160,14 @@ class SuffixScorer:
             except Exception as error:  # noqa: BLE001 - raised below
                 failed = error
                 break
-            length = len(suffix.encoded)
-            if chunk and tokens + length > self._max_tokens:
+            # One that adds nothing counts as one, since its values take room.
+            new = max(1, new_positions(suffix, chunk[-1])) if chunk else len(suffix.encoded)
+            if chunk and tokens + new > self._max_tokens:
                 yield chunk
-                chunk, tokens = [], 0
+                chunk, new = [], len(suffix.encoded)
+                tokens = 0
             chunk.append(suffix)
-            tokens += length
+            tokens += new
         if chunk:
             yield chunk
         if failed is not None:
@@ -179,12 +182,13 @@ class SuffixScorer:
         held: "_Held",
     ) -> Float[Tensor, "n L"]:
         """Return the values of suffixes that are read together."""
-        order = sorted(range(len(chunk)), key=lambda i: len(chunk[i].encoded))
-        packed = join([chunk[i] for i in order])
-        model = self._model
+        tree, model = prefix_tree(chunk), self._model
+        packed = join([branch.piece for branch in tree.branches])
+        lengths = [len(branch.piece.encoded) for branch in tree.branches]
+        parents = [branch.parent for branch in tree.branches]
         with lock_of(model.language_model).turn:
             before = self._prefix(prefix, held)
-            shared = SharedPrefix(before, [len(chunk[i].encoded) for i in order])
+            shared = SharedPrefix(before, lengths, parents)
             row = model.embed_prompts([packed.encoded], [packed.media])
             hidden = model.language_model.forward(
                 row.inputs_embeds,
@@ -192,10 +196,7 @@ class SuffixScorer:
                 cache=shared,
                 memory=self._memory(prefix, held),
             )
-            found = read(hidden[0, shared.last]).float().cpu()
-        values = torch.empty_like(found)
-        values[order] = found
-        return values
+            return read(hidden[0, shared.last[list(tree.ends)]]).float().cpu()
 
     def _prefix(self, prefix: ProcessedPrompt, held: "_Held") -> Float[Tensor, "2 L 1 K P A"]:
         """Return keys and values of the prefix, of the weights of now; the model is locked."""
