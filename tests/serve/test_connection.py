@@ -1,15 +1,18 @@
 """Requests that do not end as they should: bodies that never come, clients that ask for heads."""
 
+import asyncio
 import errno
 import logging
 import socket
 import time
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 from starlette.datastructures import UploadFile
 
 from lapilli.errors import ConfigError
+from lapilli.serve.connection import LARGE, Connections, OpenRequests
 from lapilli.serve.options import Limits
 from tests.serve.conftest import picture
 
@@ -118,3 +121,40 @@ def test_a_disk_that_takes_no_upload_is_507_with_the_cause(
     [line] = [one for one in caplog.records if one.name.startswith("lapilli.serve")]
     assert cause in line.getMessage()
     assert line.exc_info is None
+
+
+@pytest.mark.parametrize("size", [LARGE, 10])
+def test_the_event_loop_goes_on_between_large_bodies(size):
+    """They come at the same time: of small ones several are handed over before anything else."""
+    log = []
+
+    async def app(_scope, receive, _send):
+        log.append(len((await receive())["body"]))
+
+    async def send(_message):
+        pass
+
+    async def request(requests):
+        parts = [{"type": "http.request", "body": b"x" * size, "more_body": False}]
+        gone = asyncio.Event()
+
+        async def receive():
+            if not parts:
+                await gone.wait()
+            return parts.pop()
+
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-length", b"9")]}
+        await Connections(app, requests, Limits())(scope, receive, send)
+
+    async def run():
+        requests = OpenRequests()
+        asked = [asyncio.create_task(request(requests)) for _ in range(5)]
+        while not all(one.done() for one in asked):
+            log.append("else")
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    bodies = [one for one in log if one != "else"]
+    assert bodies == [size] * 5
+    together = any("else" not in pair for pair in pairwise(log))
+    assert together is (size < LARGE)
