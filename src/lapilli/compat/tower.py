@@ -42,7 +42,7 @@ from lapilli.modality.image.decode import as_rgb
 from lapilli.modality.projector import build_projector
 from lapilli.shapes import Float, Tensor
 
-try:  # transformers calls it by another name since it has one for torchvision as well
+try:  # transformers calls it by another name since it has two of them
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Base
 except ImportError:
     from transformers.models.clip.image_processing_clip import CLIPImageProcessor as Base

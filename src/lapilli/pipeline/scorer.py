@@ -164,8 +164,7 @@ class SuffixScorer:
             new = max(1, new_positions(suffix, chunk[-1])) if chunk else len(suffix.encoded)
             if chunk and tokens + new > self._max_tokens:
                 yield chunk
-                chunk, new = [], len(suffix.encoded)
-                tokens = 0
+                chunk, tokens, new = [], 0, len(suffix.encoded)
             chunk.append(suffix)
             tokens += new
         if chunk:
